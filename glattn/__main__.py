@@ -1,0 +1,7 @@
+"""``python -m glattn``: the ``glattn`` command."""
+
+import sys
+
+from glattn.cli import main
+
+sys.exit(main())

@@ -1,0 +1,33 @@
+"""The ``glattn`` command: one row a subcommand, each imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# subcommand -> (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status: 0 done, 1 the user's input or data is at fault.
+
+    A ``ValueError`` or ``OSError`` that a command raises is printed as one line on standard error; anything
+    else is a defect of ours and keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="glattn", description="Global-local attention backbones for timm.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name in arguments[:1]:
+            importlib.import_module(module).add_arguments(subparser)
+    args = parser.parse_args(arguments)
+    try:
+        status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except (ValueError, OSError) as error:
+        print(f"glattn {args.command}: {error}", file=sys.stderr)
+        return 1
+    return status
