@@ -1,3 +1,7 @@
 """Global-local attention vision backbones for timm; importing this package registers the family."""
 
+from glattn.config import GLAttnConfig, MixerConfig
+from glattn.models.glattn import GLAttn
+
 __version__ = "0.1.0"
+__all__ = ["GLAttn", "GLAttnConfig", "MixerConfig"]

@@ -1,0 +1,132 @@
+"""The block: a global-local mixer and an MLP, both residual (after UNetFormer, arXiv:2109.08937).
+
+UNetFormer normalises before each branch; here every norm stands right behind a convolution, so that all of them fold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerScale2d, create_act_layer
+from torch import Tensor, nn
+
+from glattn.config import MixerConfig
+from glattn.layers.attention import MultiHeadGlobalAttention
+from glattn.layers.context import CONTEXTS
+from glattn.layers.conv import ConvNorm, require_eval, scale_output
+from glattn.layers.fusion import FUSIONS
+from glattn.layers.local import LOCALS
+
+
+class GlobalLocalAttention(nn.Module):
+    """``proj(context(fusion(local(x), attn(x))))``: ``(B, C, H, W) -> (B, C, H, W)``.
+
+    The projection behind the fusion is the only one: the global branch has none of its own here.
+
+    Args:
+        dim: Channels in and out.
+        config: The mixer's options.
+        map_size: The map's height and width at the nominal image size; any other works.
+        stride: Stride of the map, in pixels.
+        dilation: Dilation of the local branch's convolutions, in cells.
+
+    Raises:
+        ValueError: The width does not divide as the options want.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        config: MixerConfig | None = None,
+        map_size: tuple[int, int] = (14, 14),
+        stride: int = 16,
+        dilation: int = 1,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        config = config or MixerConfig()
+        self.fusion = FUSIONS[config.fusion](dim, config=config, **factory)
+        self.local: nn.Module = nn.Identity()
+        if self.fusion.local_dim:
+            self.local = LOCALS[config.local](self.fusion.local_dim, config=config, dilation=dilation, **factory)
+        self.attn: nn.Module = nn.Identity()
+        if self.fusion.global_dim:
+            self.attn = MultiHeadGlobalAttention(
+                self.fusion.global_dim, config=config, map_size=map_size, stride=stride, project=False, **factory
+            )
+        self.context = CONTEXTS[config.context](self.fusion.out_dim, **factory)
+        self.proj = ConvNorm(self.fusion.out_dim, dim, **factory)
+        self.proj_drop = nn.Dropout(config.proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mixed map."""
+        local, globe = self.fusion.split(x)
+        out = self.context(self.fusion(self.local(local), self.attn(globe)))
+        return self.proj_drop(self.proj(out))
+
+
+class Mlp(nn.Module):
+    """``BatchNorm(conv1x1(act(BatchNorm(conv1x1(x)))))``: ``(B, C, H, W) -> (B, C, H, W)``; ``2 ratio C^2`` a cell.
+
+    Args:
+        dim: Channels in and out.
+        hidden_dim: Channels between.
+        act_layer: Activation, by timm's name.
+    """
+
+    def __init__(self, dim: int, *, hidden_dim: int, act_layer: str, **factory: Any) -> None:
+        super().__init__()
+        self.fc1 = ConvNorm(dim, hidden_dim, **factory)
+        self.act = create_act_layer(act_layer, inplace=True)
+        self.fc2 = ConvNorm(hidden_dim, dim, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed map."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class GlobalLocalBlock(nn.Module):
+    """``x + drop_path(scale(mixer(x)))``, then ``x + drop_path(scale(mlp(x)))``: ``(B, C, H, W) -> (B, C, H, W)``.
+
+    Args:
+        mixer: A `GlobalLocalAttention`.
+        mlp: An `Mlp`.
+        dim: Channels in and out.
+        layer_scale: First value of the layer scale; None leaves it out.
+        drop_path: Rate at which an image skips a branch in training.
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        mlp: nn.Module,
+        *,
+        dim: int,
+        layer_scale: float | None,
+        drop_path: float,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.ls1 = LayerScale2d(dim, layer_scale, **factory) if layer_scale else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.mlp = mlp
+        self.ls2 = LayerScale2d(dim, layer_scale, **factory) if layer_scale else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's map."""
+        x = x + self.drop_path1(self.ls1(self.mixer(x)))
+        return x + self.drop_path2(self.ls2(self.mlp(x)))
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the layer scales into the convolutions before them, in place."""
+        require_eval(self)
+        if isinstance(self.ls1, LayerScale2d):
+            scale_output(self.mixer.proj, self.ls1.gamma)
+        if isinstance(self.ls2, LayerScale2d):
+            scale_output(self.mlp.fc2, self.ls2.gamma)
+        self.ls1, self.ls2 = nn.Identity(), nn.Identity()

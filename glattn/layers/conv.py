@@ -1,0 +1,197 @@
+"""Convolutions whose BatchNorm folds away: the only normalisation of the family (folding: RepVGG, arXiv:2101.03697)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+
+@torch.fx.wrap
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch normalisation that takes its running statistics where a channel has a single value, even in training."""
+    batch_statistics = training and x.numel() > x.shape[1]
+    return F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's BatchNorm2d that also trains at batch 1 on a 1x1 map, where a channel has no variance.
+
+    There, and only there, it normalises by its running statistics and leaves them as they are.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """Return the normalised ``(B, C, H, W)`` map."""
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return batch_norm(
+            input, self.weight, self.bias, self.running_mean, self.running_var, self.training, 0.1, self.eps
+        )
+
+
+class ConvNorm(nn.Module):
+    """``BatchNorm(conv(x))``, with "same" padding: ``(B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))``.
+
+    Args:
+        in_channels: Channels in.
+        out_channels: Channels out.
+        kernel_size: Odd side of the kernel, in cells.
+        stride: Stride, in cells.
+        dilation: Dilation, in cells.
+        groups: Groups of channels that do not see each other.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 1,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+            **factory,
+        )
+        self.bn = BatchNorm2d(out_channels, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised convolution."""
+        return self.bn(self.conv(x))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Conv2d:
+        """Return the one convolution that this module computes in evaluation mode."""
+        require_eval(self)
+        weight, bias = folded(self)
+        return like(self.conv, weight, bias)
+
+
+class MultiScaleConv(nn.Module):
+    """Parallel convolutions of several sizes, each with its BatchNorm, summed: ``(B, in, H, W) -> (B, out, H, W)``.
+
+    Folding leaves one convolution of the largest size. Cost a cell: the sum of ``k^2 in out / groups`` over the sizes;
+    folded, the largest alone.
+
+    Args:
+        in_channels: Channels in.
+        out_channels: Channels out.
+        kernel_sizes: Odd kernel sizes, in cells.
+        groups: Groups of channels that do not see each other.
+        dilation: Dilation of every branch, in cells.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_sizes: Sequence[int],
+        groups: int,
+        dilation: int = 1,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            ConvNorm(in_channels, out_channels, kernel_size=k, dilation=dilation, groups=groups, **factory)
+            for k in kernel_sizes
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of the branches."""
+        out = self.branches[0](x)
+        for i, branch in enumerate(self.branches):
+            if i > 0:
+                out = out + branch(x)
+        return out
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Conv2d:
+        """Return the one convolution that this module computes in evaluation mode."""
+        require_eval(self)
+        largest = max(self.branches, key=lambda branch: branch.conv.kernel_size[0])
+        side = largest.conv.kernel_size[0]
+        weights, biases = zip(*(folded(branch) for branch in self.branches), strict=True)
+        weight = sum(F.pad(w, [(side - w.shape[-1]) // 2] * 4) for w in weights)
+        return like(largest.conv, weight, sum(biases))
+
+
+def folded(branch: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a `ConvNorm`, its norm folded in; of a convolution that was folded before, as is."""
+    if isinstance(branch, nn.Conv2d):
+        return branch.weight, branch.bias
+    bn = branch.bn
+    return fuse_conv_bn_weights(
+        branch.conv.weight, branch.conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
+
+
+def like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """Return a convolution with ``conv``'s geometry, memory format and mode, and the given weight and bias."""
+    out = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        device="meta",
+    )
+    nhwc = conv.weight.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if nhwc else torch.contiguous_format
+    out.weight = nn.Parameter(weight.detach().contiguous(memory_format=memory_format), conv.weight.requires_grad)
+    out.bias = nn.Parameter(bias.detach(), conv.weight.requires_grad)
+    return out.train(conv.training)
+
+
+def require_eval(module: nn.Module) -> None:
+    """Raise a ``RuntimeError`` where a module in training mode is to be folded."""
+    if module.training:
+        raise RuntimeError(
+            f"{type(module).__name__} is in training mode, whose batch statistics cannot be folded; call model.eval() first"
+        )
+
+
+def scale_output(conv: nn.Module, scale: Tensor) -> None:
+    """Multiply the output channels of a `ConvNorm`, or of a folded convolution, by ``(out,)`` factors, in place."""
+    target = conv.bn if isinstance(conv, ConvNorm) else conv
+    with torch.no_grad():
+        target.weight.mul_(scale.reshape(-1, *[1] * (target.weight.ndim - 1)))
+        target.bias.mul_(scale)
+
+
+def num_groups(dim: int, groups: str | int) -> int:
+    """Return the number of convolution groups that ``local_groups`` means at this width."""
+    number = {"depthwise": dim, "dense": 1}.get(groups, groups) if isinstance(groups, str) else groups
+    if not isinstance(number, int) or number < 1 or dim % number:
+        raise ValueError(
+            f"local_groups={groups!r} does not divide the local branch's {dim} channels; use 'depthwise', 'dense'"
+            " or a divisor"
+        )
+    return number

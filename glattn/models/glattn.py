@@ -1,0 +1,305 @@
+"""GLAttn, the hierarchical global-local backbone, as timm knows models: its contract, default cfgs, entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from glattn.config import GLAttnConfig, check_choice, check_rate
+from glattn.models.stages import Stage, Stem, ceil_size
+from glattn.models.variants import VARIANTS
+
+POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
+
+
+class GLAttn(nn.Module):
+    """Four stages of `GlobalLocalBlock` behind a strided stem: ``(B, in_chans, H, W) -> (B, num_classes)``.
+
+    Stage ``i`` has stride ``2 ** (i + 2)`` pixels (a power less with ``stem_stride=2``); sizes round up. Any image of
+    32 pixels or more works, at any batch size.
+
+    Args:
+        cfg: The network's options.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 leaves the classifier out.
+        global_pool: Pooling before the classifier, by timm's name; ``""`` for none.
+        img_size: Nominal image size in pixels, one side or (height, width): what tables are made for.
+        output_stride: Largest stride, in pixels: 32, 16 or 8; stages beyond it dilate their convolutions instead.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Rate at which an image skips a branch of the last block; it grows from 0 along the depth.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+        options: Fields of `GLAttnConfig` or `MixerConfig` that replace ``cfg``'s, one value or one a stage.
+
+    Raises:
+        TypeError: An option's name is unknown.
+        ValueError: An option's value is not allowed, or the options contradict each other.
+    """
+
+    def __init__(
+        self,
+        cfg: GLAttnConfig | None = None,
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        img_size: int | Sequence[int] = 224,
+        output_stride: int = 32,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        config = (cfg or GLAttnConfig()).replace(**options)
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride={output_stride!r} is not one of 8, 16, 32")
+        check_choice("global_pool", global_pool, POOLS)
+        check_rate("drop_rate", drop_rate)
+        check_rate("drop_path_rate", drop_path_rate)
+        for name, value, least in (("in_chans", in_chans, 1), ("num_classes", num_classes, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}; give an integer of {least} or more")
+        factory = {"device": device, "dtype": dtype}
+        size = image_size(img_size)
+        self.config = config
+        self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
+
+        stride = config.stem_stride
+        self.stem = Stem(
+            in_chans, config.dims[0], stride=stride, map_size=ceil_size(size, stride), config=config, **factory
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
+        self.feature_info: list[dict[str, Any]] = []
+        stages, dilation, dim = [], 1, config.dims[0]
+        for i in range(len(config.dims)):
+            before, step = dilation, 1 if i == 0 else 2
+            if stride * step > output_stride:
+                dilation, step = dilation * step, 1
+            stride *= step
+            stages.append(
+                Stage(
+                    dim,
+                    index=i,
+                    stride=step,
+                    dilation=(before, dilation),
+                    total_stride=stride,
+                    map_size=ceil_size(size, stride),
+                    drop_path_rates=rates[i],
+                    config=config,
+                    **factory,
+                )
+            )
+            dim = config.dims[i]
+            self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        self.num_features = dim
+        self.head = ClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **factory)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Draw every parameter anew, and set every buffer, on whatever device they are.
+
+        | what | how |
+        |---|---|
+        | 1x1 convolutions, linear layers | truncated normal, standard deviation 0.02 |
+        | other convolutions | normal, variance 2 / (outputs a cell takes part in) |
+        | their biases | 0 |
+        | BatchNorm, LayerNorm | weight 1, bias 0; running mean 0, variance 1 |
+        | layer scale | ``layer_scale`` |
+        | global context's last layer | 0: the block starts without it |
+        | relative and absolute tables | truncated normal, standard deviation 0.02 |
+        | rotary frequencies (mixed) | axial ones turned to a random direction a head |
+        | Linformer's projections | truncated normal, variance 1 / tokens |
+        | Performer's, Reformer's random vectors | orthogonal, and plain, Gaussian |
+        | relative embeddings of augmented convolution | truncated normal, variance 1 / head_dim |
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                pointwise = isinstance(module, nn.Linear) or module.kernel_size == (1, 1)
+                if pointwise:
+                    trunc_normal_(module.weight, std=0.02)
+                else:
+                    fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+                    nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that weight decay would pull to a meaningless zero: tables, frequencies, projections."""
+        kinds = ("table", "freqs", "rows", "columns", "project_k", "project_v")
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in kinds}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns that sort parameters into layers, for layer-wise learning rates."""
+        blocks = r"^stages\.(\d+)" if coarse else [
+            (r"^stages\.(\d+)\.(?:downsample|pos_embed)", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+        ]  # fmt: skip
+        return {"stem": r"^stem", "blocks": blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: recompute each block in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | Sequence[int] | None = None) -> None:
+        """Resize what was made for the nominal image size, in pixels; images of other sizes work without."""
+        if img_size is None:
+            return
+        size = image_size(img_size)
+        if hasattr(self.stem.pos_embed, "set_map_size"):
+            self.stem.pos_embed.set_map_size(ceil_size(size, self.config.stem_stride))
+        for stage, info in zip(self.stages, self.feature_info, strict=False):
+            stage.set_map_size(ceil_size(size, info["reduction"]))
+        update_model_input_size(self, size)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Give the model a new classifier for this many classes (0: none), and another pooling if named."""
+        if global_pool is not None:
+            check_choice("global_pool", global_pool, POOLS)
+        self.num_classes = num_classes
+        self.head.reset(
+            num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return stages' maps beside the last one.
+
+        Args:
+            x: Images, ``(B, in_chans, H, W)``.
+            indices: Stages to return: a list, the last n for an integer, all for None.
+            norm: Accepted for timm's sake: no norm stands behind a stage.
+            stop_early: Leave out the stages behind the last one wanted.
+            output_fmt: ``NCHW``, the only one there is.
+            intermediates_only: Return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}; maps are returned as 'NCHW' only")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        intermediates: list[Tensor] = []
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
+            if not stop_early or i <= max_index:
+                x = stage(x)
+            if i in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last one of ``indices``, and the classifier; return the indices kept."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        pruned = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if pruned:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or pruned:
+            self.reset_classifier(0, "", reset_other=True)
+        return list(take_indices)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last stage's map, ``(B, num_features, H / 32, W / 32)``."""
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the classes' logits of a map, or with ``pre_logits`` what the classifier reads."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the classes' logits, ``(B, num_classes)``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) in pixels.
+
+    Raises:
+        ValueError: It is neither a positive integer nor two of them.
+    """
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
+        raise ValueError(f"img_size={img_size!r}; give one side, or (height, width), in whole pixels")
+    return sides
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "min_input_size": (3, 32, 32),
+        "crop_pct": 0.95,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem.conv1.conv",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2109.08937",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(
+        GLAttn,
+        variant,
+        pretrained,
+        model_cfg=VARIANTS[variant],
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+def _entry_point(variant: str) -> Any:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(variant, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = variant
+    create.__doc__ = f"Return a `GLAttn` of the variant {variant}; keywords are `GLAttn`'s and timm's."
+    return create
+
+
+__all__ = ["GLAttn"]
+
+for _variant in VARIANTS:
+    globals()[_variant] = register_model(_entry_point(_variant))

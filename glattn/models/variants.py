@@ -1,0 +1,40 @@
+"""The family's sizes and named mechanisms, as one table of configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glattn.config import GLAttnConfig
+
+# Pooled attention where the map is large, full attention where it is small: the fast mixer at each stride.
+_DEFAULT: dict[str, Any] = {
+    "layout": ("pooled", "pooled", "full", "full"),
+    "pool_stride": (8, 4, 1, 1),
+}
+
+
+def _size(dims: tuple[int, ...], depths: tuple[int, ...], **options: Any) -> GLAttnConfig:
+    return GLAttnConfig(dims=dims, depths=depths).replace(**{**_DEFAULT, **options})
+
+
+_TINY = _size((64, 128, 320, 640), (3, 3, 8, 3))
+
+VARIANTS: dict[str, GLAttnConfig] = {
+    "test_glattn": _size((16, 24, 32, 64), (1, 1, 2, 1), head_dim=8),
+    "glattn_atto": _size((32, 64, 128, 256), (1, 2, 6, 2)),
+    "glattn_pico": _size((64, 96, 192, 416), (2, 2, 6, 2)),
+    "glattn_nano": _size((64, 128, 256, 512), (2, 2, 8, 2)),
+    "glattn_tiny": _TINY,
+    "glattn_small": _size((64, 160, 320, 640), (3, 3, 24, 3)),
+    "glattn_base": _size((96, 224, 416, 832), (3, 3, 26, 3)),
+    "glattn_large": _size((128, 320, 640, 1280), (3, 3, 25, 3)),
+    # one mechanism of the specification each, all else as in glattn_tiny
+    "glattn_tiny_rope": _TINY.replace(position="rope"),
+    "glattn_tiny_window": _TINY.replace(layout=("window", "shifted", "window", "full"), position="bias"),
+    "glattn_tiny_linear": _TINY.replace(layout="full", mechanism="relu_linear"),
+    "glattn_tiny_performer": _TINY.replace(layout=("pooled", "full", "full", "full"), mechanism="performer"),
+    # the first specification taken literally: dense convolutions, full attention with a relative bias
+    "glattn_tiny_dense": _size((48, 80, 160, 288), (2, 2, 8, 2), head_dim=16).replace(
+        local_groups="dense", position="bias"
+    ),
+}
