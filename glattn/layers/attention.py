@@ -66,14 +66,11 @@ class HeadGroup(nn.Module):
         height, width = q.shape[2], q.shape[3]
         q, k = self.position.encode(q, k)
         group_height, group_width, halo = self.layout.span(height, width)
-        out = self.inner_attn(
-            self.heads(self.layout.queries(q)),
-            self.heads(self.layout.keys(k)),
-            self.heads(self.layout.keys(v)),
-            self.position.bias(q, group_height, group_width, halo),
-            self.layout.mask(v),
-        )
-        out = self.layout.restore(out.transpose(1, 2).flatten(2), q.shape[0], height, width)
+        bias = self.position.bias(q, group_height, group_width, halo)
+        batch = q.shape[0]
+        q, k, v, mask = self.layout.group(q, k, v)
+        out = self.inner_attn(self.heads(q), self.heads(k), self.heads(v), bias, mask)
+        out = self.layout.restore(out.transpose(1, 2).flatten(2), batch, height, width)
         return self.cross_window(out, group_height, group_width)
 
 

@@ -5,7 +5,8 @@ stripes CSWin's (arXiv:2107.00652), the pooled map PVT's (arXiv:2102.12122). The
 any size is padded on the fly, padded cells are never attended, and shifted windows are cut off at the border
 instead of wrapped around, so that one mask, which keys exist, serves every layout.
 
-All are written for channels_last maps, where a group of rows or columns is copied once and the full layout never.
+A layout is an index of the map's cells, so that a channels_last map is copied once on its way into groups, and never by
+the full layout. Index arithmetic is on one flat range: a traced graph then holds for any number of groups.
 """
 
 from __future__ import annotations
@@ -22,15 +23,6 @@ from glattn.config import MixerConfig
 
 
 @torch.fx.wrap
-def pad_map(x: Tensor, pad: list[int]) -> Tensor:
-    """Return the map with (top, bottom, left, right) zero cells around it; itself, not a copy, where there are none."""
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():  # a traced size must not be branched on
-        if pad[0] == 0 and pad[1] == 0 and pad[2] == 0 and pad[3] == 0:
-            return x
-    return F.pad(x, [pad[2], pad[3], pad[0], pad[1]])
-
-
-@torch.fx.wrap
 def upsample(x: Tensor, height: int, width: int) -> Tensor:
     """Return the map resized to ``height x width`` cells, bilinearly; the map itself where it has that size."""
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
@@ -39,47 +31,59 @@ def upsample(x: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def partition(x: Tensor, m: int, height: int, n: int, width: int) -> Tensor:
-    """Cut a map into windows: ``(B, C, m * height, n * width) -> (B * m * n, height * width, C)``."""
-    batch, dim = x.shape[0], x.shape[1]
-    x = x.permute(0, 2, 3, 1).reshape(batch * m, height, n, width, dim)
-    return x.transpose(1, 2).reshape(batch * m * n, height * width, dim)
-
-
-def unpartition(tokens: Tensor, batch: int, m: int, height: int, n: int, width: int) -> Tensor:
-    """Undo `partition`: ``(B * m * n, height * width, C) -> (B, C, m * height, n * width)``, channels_last."""
-    dim = tokens.shape[2]
-    x = tokens.reshape(batch * m, n, height, width * dim).transpose(1, 2)
-    return x.reshape(batch, m * height, n * width, dim).permute(0, 3, 1, 2)
-
-
 @torch.fx.wrap
-def existing(
-    x: Tensor, pad: list[int], rows: Tensor, columns: Tensor, m: int, height: int, n: int, width: int
-) -> Tensor | None:
-    """Return which keys of each window are cells of the map, ``(windows, keys)`` of bool; None where all are.
+def group_cells(
+    like: Tensor,
+    size: list[int],
+    groups: list[int],
+    cells: list[int],
+    between: list[int],
+    within: list[int],
+    first: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Return the map's cell that each cell of each group is, and whether there is one, both ``(groups * cells,)``.
 
-    ``pad`` is (top, bottom, left, right); ``rows`` and ``columns`` pick the padded map's cells, as the keys do.
+    All lists are (vertical, horizontal): the map's size, the number of groups, the cells of one; the cells from a group
+    to the next, from a cell of it to the next, and the place of the very first, which may lie outside the map.
     """
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        if pad[0] == 0 and pad[1] == 0 and pad[2] == 0 and pad[3] == 0:
-            return None
-    row_exists = (rows >= pad[0]) & (rows < pad[0] + x.shape[2])
-    column_exists = (columns >= pad[2]) & (columns < pad[2] + x.shape[3])
-    cells = row_exists.unsqueeze(1) & column_exists.unsqueeze(0)
-    return partition(cells.unsqueeze(0).unsqueeze(0), m, height, n, width).squeeze(2)
+    each = cells[0] * cells[1]
+    place = torch.arange(groups[0] * groups[1] * each, device=like.device)
+    group, cell = place // each, place % each
+    row = group // groups[1] * between[0] + cell // cells[1] * within[0] + first[0]
+    column = group % groups[1] * between[1] + cell % cells[1] * within[1] + first[1]
+    exists = (row >= 0) & (row < size[0]) & (column >= 0) & (column < size[1])
+    return row.clamp(0, size[0] - 1) * size[1] + column.clamp(0, size[1] - 1), exists
 
 
 @torch.fx.wrap
-def steps(like: Tensor, groups: int, between: int, length: int, within: int) -> Tensor:
-    """Return ``g * between + i * within`` for each of ``groups`` groups ``g`` and their ``length`` cells ``i``."""
-    starts = torch.arange(groups, device=like.device) * between
-    return (starts.unsqueeze(1) + torch.arange(length, device=like.device) * within).flatten()
+def take(x: Tensor, index: Tensor, groups: int, cells: int) -> Tensor:
+    """Return the cells of each image's groups: ``(B, C, H, W) -> (B * groups, cells, C)``."""
+    batch, dim, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(batch * height * width, dim)
+    return rows.index_select(0, each_image(index, batch, height * width)).view(batch * groups, cells, dim)
 
 
-def pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the map's cells at these rows and columns, ``(B, C, len(rows), len(columns))``, channels_last."""
-    return x.permute(0, 2, 3, 1).index_select(1, rows).index_select(2, columns).permute(0, 3, 1, 2)
+@torch.fx.wrap
+def put(tokens: Tensor, index: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """Return the map whose cells stand at ``index`` of its groups: ``(B * groups, cells, C) -> (B, C, H, W)``."""
+    groups, cells, dim = tokens.shape
+    rows = tokens.reshape(groups * cells, dim)
+    rows = rows.index_select(0, each_image(index, batch, groups * cells // batch))
+    return rows.view(batch, height, width, dim).permute(0, 3, 1, 2)
+
+
+def each_image(index: Tensor, batch: int, cells: int) -> Tensor:
+    """Return the index for every image of a batch whose cells follow each other."""
+    return (torch.arange(batch, device=index.device).unsqueeze(1) * cells + index.unsqueeze(0)).flatten()
+
+
+@torch.fx.wrap
+def key_mask(exists: Tensor, outside: list[int], batch: int, groups: int, cells: int) -> Tensor | None:
+    """Return which keys exist, ``(B * groups, cells)``; None where no cell lies ``outside`` the map on any side."""
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():  # a traced size must not be branched on
+        if max(outside) == 0:
+            return None
+    return exists.repeat(batch).view(batch * groups, cells)
 
 
 class FixedSize(nn.Module):
@@ -161,20 +165,12 @@ class Full(nn.Module):
         """Return a group's height and width in queries, and how many cells its keys reach beyond them."""
         return height, width, 0
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Return the map's query tokens, ``(B, C, H, W) -> (groups, queries, C)``."""
-        return x.flatten(2).transpose(1, 2)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Return the map's key tokens, ``(B, C, H, W) -> (groups, keys, C)``."""
-        return self.queries(x)
-
-    def mask(self, x: Tensor) -> Tensor | None:
-        """Return which keys exist, ``(groups of one image, keys)`` of bool; None where all do."""
-        return None
+    def group(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return queries, keys and values as ``(groups, tokens, C)``, and which keys exist (None: all)."""
+        return q.flatten(2).transpose(1, 2), k.flatten(2).transpose(1, 2), v.flatten(2).transpose(1, 2), None
 
     def restore(self, tokens: Tensor, batch: int, height: int, width: int) -> Tensor:
-        """Return the query tokens' map, ``(groups, queries, C) -> (B, C, H, W)``, channels_last."""
+        """Return the queries' map, ``(groups, queries, C) -> (B, C, H, W)``, channels_last."""
         return tokens.transpose(1, 2).reshape(batch, tokens.shape[2], height, width)
 
 
@@ -192,11 +188,8 @@ class Window(nn.Module):
         super().__init__()
         self.size, self.shifted, self.halo = size, shifted, halo
 
-    def frame(self, height: int, width: int) -> tuple[int, int, int, int, list[int]]:
-        """Return rows of windows, their height, columns, their width, and the empty cells around the map.
-
-        The latter are counted (top, bottom, left, right) and fill the windows up.
-        """
+    def frame(self, height: int, width: int) -> tuple[int, int, int, int, int, int]:
+        """Return the windows' rows, height, columns and width, and the cells missing above and left of the map."""
         h, w = self.size(height, width)
         m, n = (height + h - 1) // h, (width + w - 1) // w
         top, left = 0, 0
@@ -205,7 +198,7 @@ class Window(nn.Module):
             top = (h + 1) // 2 * ((2 * m - 2) // m)
             left = (w + 1) // 2 * ((2 * n - 2) // n)
             m, n = (height + top + h - 1) // h, (width + left + w - 1) // w
-        return m, h, n, w, [top, m * h - height - top, left, n * w - width - left]
+        return m, h, n, w, top, left
 
     def reach(self, height: int, width: int) -> tuple[int, int]:
         """Return one more than the largest offset from a query to a key, an axis, on such a map."""
@@ -217,35 +210,33 @@ class Window(nn.Module):
         h, w = self.size(height, width)
         return h, w, self.halo
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Return the map's query tokens, ``(B, C, H, W) -> (groups, queries, C)``."""
-        m, h, n, w, pad = self.frame(x.shape[2], x.shape[3])
-        return partition(pad_map(x, pad), m, h, n, w)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Return the map's key tokens, ``(B, C, H, W) -> (groups, keys, C)``."""
-        if self.halo == 0:
-            return self.queries(x)
-        rows, columns, m, h, n, w, pad = self.key_cells(x)
-        return partition(pick(pad_map(x, pad), rows, columns), m, h, n, w)
-
-    def mask(self, x: Tensor) -> Tensor | None:
-        """Return which keys exist, ``(groups of one image, keys)`` of bool; None where all do."""
-        rows, columns, m, h, n, w, pad = self.key_cells(x)
-        return existing(x, pad, rows, columns, m, h, n, w)
-
-    def key_cells(self, x: Tensor) -> tuple[Tensor, Tensor, int, int, int, int, list[int]]:
-        """Return the rows and columns of the padded map that the keys are, and `frame` with the halo counted in."""
-        m, h, n, w, pad = self.frame(x.shape[2], x.shape[3])
-        height, width = h + 2 * self.halo, w + 2 * self.halo
-        rows, columns = steps(x, m, h, height, 1), steps(x, n, w, width, 1)
-        around = [pad[0] + self.halo, pad[1] + self.halo, pad[2] + self.halo, pad[3] + self.halo]
-        return rows, columns, m, height, n, width, around
+    def group(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return queries, keys and values as ``(groups, tokens, C)``, and which keys exist (None: all)."""
+        batch, height, width = q.shape[0], q.shape[2], q.shape[3]
+        m, h, n, w, top, left = self.frame(height, width)
+        cells, exists = group_cells(q, [height, width], [m, n], [h, w], [h, w], [1, 1], [-top, -left])
+        q = take(q, cells, m * n, h * w)
+        halo = self.halo
+        kh, kw = h + 2 * halo, w + 2 * halo
+        if halo > 0:
+            first = [-top - halo, -left - halo]
+            cells, exists = group_cells(k, [height, width], [m, n], [kh, kw], [h, w], [1, 1], first)
+        k, v = take(k, cells, m * n, kh * kw), take(v, cells, m * n, kh * kw)
+        outside = [top + halo, left + halo, m * h - height - top + halo, n * w - width - left + halo]
+        return q, k, v, key_mask(exists, outside, batch, m * n, kh * kw)
 
     def restore(self, tokens: Tensor, batch: int, height: int, width: int) -> Tensor:
-        """Return the query tokens' map, ``(groups, queries, C) -> (B, C, H, W)``, channels_last."""
-        m, h, n, w, pad = self.frame(height, width)
-        return unpartition(tokens, batch, m, h, n, w)[:, :, pad[0] : pad[0] + height, pad[2] : pad[2] + width]
+        """Return the queries' map, ``(groups, queries, C) -> (B, C, H, W)``, channels_last."""
+        _, h, n, w, top, left = self.frame(height, width)
+        return put(tokens, window_places(tokens, height, width, n, h, w, top, left), batch, height, width)
+
+
+@torch.fx.wrap
+def window_places(like: Tensor, height: int, width: int, n: int, h: int, w: int, top: int, left: int) -> Tensor:
+    """Return where each cell of the map stands in its image's windows, ``(H * W,)``."""
+    place = torch.arange(height * width, device=like.device)
+    row, column = place // width + top, place % width + left
+    return (row // h * n + column // w) * (h * w) + row % h * w + column % w
 
 
 class Grid(nn.Module):
@@ -259,10 +250,9 @@ class Grid(nn.Module):
         super().__init__()
         self.size = size
 
-    def frame(self, height: int, width: int) -> tuple[int, int, list[int]]:
-        """Return how far a group's cells lie apart, an axis (also the number of groups), and the empty cells."""
-        m, n = (height + self.size - 1) // self.size, (width + self.size - 1) // self.size
-        return m, n, [0, m * self.size - height, 0, n * self.size - width]
+    def frame(self, height: int, width: int) -> tuple[int, int]:
+        """Return how far a group's cells lie apart, vertically and horizontally: also the number of groups."""
+        return (height + self.size - 1) // self.size, (width + self.size - 1) // self.size
 
     def reach(self, height: int, width: int) -> tuple[int, int]:
         """Return one more than the largest offset from a query to a key, an axis, in cells of the grid."""
@@ -272,29 +262,26 @@ class Grid(nn.Module):
         """Return a group's height and width in queries, and how many cells its keys reach beyond them."""
         return self.size, self.size, 0
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Return the map's query tokens, ``(B, C, H, W) -> (groups, queries, C)``."""
-        m, n, pad = self.frame(x.shape[2], x.shape[3])
-        rows, columns = steps(x, m, 1, self.size, m), steps(x, n, 1, self.size, n)
-        return partition(pick(pad_map(x, pad), rows, columns), m, self.size, n, self.size)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Return the map's key tokens, ``(B, C, H, W) -> (groups, keys, C)``."""
-        return self.queries(x)
-
-    def mask(self, x: Tensor) -> Tensor | None:
-        """Return which keys exist, ``(groups of one image, keys)`` of bool; None where all do."""
-        m, n, pad = self.frame(x.shape[2], x.shape[3])
-        rows, columns = steps(x, m, 1, self.size, m), steps(x, n, 1, self.size, n)
-        return existing(x, pad, rows, columns, m, self.size, n, self.size)
+    def group(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return queries, keys and values as ``(groups, tokens, C)``, and which keys exist (None: all)."""
+        batch, height, width, g = q.shape[0], q.shape[2], q.shape[3], self.size
+        m, n = self.frame(height, width)
+        cells, exists = group_cells(q, [height, width], [m, n], [g, g], [1, 1], [m, n], [0, 0])
+        mask = key_mask(exists, [m * g - height, n * g - width], batch, m * n, g * g)
+        return take(q, cells, m * n, g * g), take(k, cells, m * n, g * g), take(v, cells, m * n, g * g), mask
 
     def restore(self, tokens: Tensor, batch: int, height: int, width: int) -> Tensor:
-        """Return the query tokens' map, ``(groups, queries, C) -> (B, C, H, W)``, channels_last."""
-        m, n, _ = self.frame(height, width)
-        x = unpartition(tokens, batch, m, self.size, n, self.size)
-        # row g * size + i of x is row g + i * m of the map: the way back is the same walk, the roles exchanged
-        x = pick(x, steps(x, self.size, 1, m, self.size), steps(x, self.size, 1, n, self.size))
-        return x[:, :, :height, :width]
+        """Return the queries' map, ``(groups, queries, C) -> (B, C, H, W)``, channels_last."""
+        m, n = self.frame(height, width)
+        return put(tokens, grid_places(tokens, height, width, m, n, self.size), batch, height, width)
+
+
+@torch.fx.wrap
+def grid_places(like: Tensor, height: int, width: int, m: int, n: int, size: int) -> Tensor:
+    """Return where each cell of the map stands in its image's grids, ``(H * W,)``."""
+    place = torch.arange(height * width, device=like.device)
+    row, column = place // width, place % width
+    return (row % m * n + column % n) * (size * size) + row // m * size + column // n
 
 
 Builder = Callable[[MixerConfig, tuple[int, int]], list[nn.Module]]

@@ -25,14 +25,12 @@ def autocasts(x: Tensor) -> bool:
 
 
 @torch.fx.wrap
-def score_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Join a bias ``(heads, queries, keys)`` and a mask of keys ``(groups of one image, keys)`` to what SDPA takes."""
+def score_mask(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Join a bias ``(heads, queries, keys)`` and a mask of keys ``(groups, keys)`` to what SDPA takes."""
     if mask is None:
         return bias if bias is None else bias.unsqueeze(0)
     keys = mask.unsqueeze(1).unsqueeze(1)
-    if bias is not None:
-        keys = bias.unsqueeze(0).masked_fill(~keys, float("-inf"))
-    return keys.repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
+    return keys if bias is None else bias.unsqueeze(0).masked_fill(~keys, float("-inf"))
 
 
 @torch.fx.wrap
@@ -45,10 +43,10 @@ def masked_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 @torch.fx.wrap
 def existing_only(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return ``(groups, heads, keys, channels)`` with zeros where the mask ``(groups of one image, keys)`` says so."""
+    """Return ``(groups, heads, keys, channels)`` with zeros where the mask ``(groups, keys)`` is False."""
     if mask is None:
         return x
-    return x * mask.repeat(x.shape[0] // mask.shape[0], 1).unsqueeze(1).unsqueeze(3).to(x.dtype)
+    return x * mask.unsqueeze(1).unsqueeze(3).to(x.dtype)
 
 
 class Softmax(nn.Module):
@@ -76,7 +74,7 @@ class Softmax(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         """Return the outputs, ``(groups, heads, queries, head_dim)``."""
-        attn_mask = score_mask(q, bias, mask)
+        attn_mask = score_mask(bias, mask)
         if self.fused_attn:
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=attn_mask, dropout_p=self.attn_drop.p if self.training else 0.0
@@ -307,7 +305,7 @@ def lsh_attention(q: Tensor, v: Tensor, mask: Tensor | None, directions: Tensor,
     q, v = q.to(precise(q)).reshape(-1, 1, tokens, dim), v.to(precise(q)).reshape(-1, 1, tokens, dim)
     exists = torch.ones(q.shape[0], tokens, device=q.device, dtype=torch.bool)
     if mask is not None:
-        exists = mask.repeat(groups // mask.shape[0], 1).repeat_interleave(heads, 0)
+        exists = mask.repeat_interleave(heads, 0)
     hashed = q.detach() @ directions.to(q.dtype)
     bucket = torch.cat([hashed, -hashed], dim=-1).argmax(dim=-1)
     bucket = bucket + (~exists).unsqueeze(1) * (2 * directions.shape[2])  # what does not exist sorts last
