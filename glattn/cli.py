@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 
 # subcommand -> (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "push": ("glattn.hub.command", "Publish a trained model on the Hugging Face Hub."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """A Hub of our own on the loopback interface: what `huggingface_hub` asks of one, with faults on demand.
 
-Repositories live in memory. A commit is applied whole or not at all, large files go through the LFS batch endpoint
-and come back through a redirect, and errors carry the codes that the client tells apart. Standard library only.
+Repositories live in memory. A commit is applied whole or not at all, large files go through the LFS batch
+endpoint and come back through a redirect, and errors carry the codes that the client tells apart. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What to do with the next ``times`` requests of ``method`` whose path matches ``path``.
+    """What to do with the next ``times`` requests of ``method`` to a ``path`` that matches.
 
-    ``status`` answers with it; ``cut`` sends that many bytes of the body and hangs up; ``short`` announces and sends
-    that many bytes fewer than there are.
+    ``status`` answers with it; ``cut`` sends that many bytes of the body and hangs up; ``short`` announces and
+    sends that many bytes fewer than there are; ``hang`` sets ``reached`` and never answers.
     """
 
     method: str
@@ -73,6 +74,8 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
     short: int = 0
+    hang: bool = False
+    reached: threading.Event = field(default_factory=threading.Event)
 
 
 class Hub(ThreadingHTTPServer):
@@ -83,14 +86,17 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        self.storage = f"http://localhost:{self.server_address[1]}/storage"  # another host, as the real one's is
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[str] = []
         self.lock = threading.RLock()
+        self.stopped = threading.Event()
 
-    def fault(self, method: str, path: str, **what) -> None:
+    def fault(self, method: str, path: str, **what) -> Fault:
         self.faults.append(Fault(method, path, **what))
+        return self.faults[-1]
 
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -125,12 +131,13 @@ def running_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.stopped.set()
         hub.shutdown()
         hub.server_close()
         thread.join()
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818
     def __init__(self, status: int, code: str = "", message: str = "", headers: dict | None = None) -> None:
         super().__init__(message or code or str(status))
         self.status, self.code, self.message = status, code, message
@@ -144,8 +151,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args) -> None:
         """Keep the test's output clean; ``Hub.log`` has the requests."""
-
-    # -- answers ------------------------------------------------------------------------------------------------
 
     def answer(self, status: int, body: bytes = b"", headers: dict | None = None, length: int | None = None) -> None:
         short = self.fault.short if self.fault else 0
@@ -176,6 +181,10 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(min(length, self.fault.cut))
             self.close_connection = True
             return
+        if self.fault and self.fault.hang:
+            self.fault.reached.set()
+            self.server.stopped.wait()
+            return
         self.body = self.rfile.read(length)
         try:
             if self.fault and self.fault.status:
@@ -194,9 +203,7 @@ class Handler(BaseHTTPRequestHandler):
             self.fault = None
             self.answer(refusal.status, json.dumps({"error": str(refusal)}).encode(), headers)
 
-    do_GET = do_HEAD = do_POST = do_PUT = dispatch
-
-    # -- who may do what ----------------------------------------------------------------------------------------
+    do_GET = do_HEAD = do_POST = do_PUT = dispatch  # noqa: N815
 
     @property
     def token(self) -> str:
@@ -219,8 +226,6 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit
-
-    # -- writing ------------------------------------------------------------------------------------------------
 
     def create(self) -> None:
         self.need_writer()
@@ -271,8 +276,11 @@ class Handler(BaseHTTPRequestHandler):
             entry = {"oid": wanted["oid"], "size": wanted["size"]}
             if wanted["oid"] not in self.server.objects:
                 entry["actions"] = {
-                    "upload": {"href": f"{self.server.endpoint}/storage/{wanted['oid']}", "header": {}},
-                    "verify": {"href": f"{self.server.endpoint}/{repo}.git/info/lfs/objects/verify", "header": {}},
+                    "upload": {"href": f"{self.server.storage}/{wanted['oid']}", "header": {}},
+                    "verify": {
+                        "href": f"{self.server.endpoint}/{repo}.git/info/lfs/objects/verify",
+                        "header": {},
+                    },
                 }
             answer.append(entry)
         self.json({"transfer": "basic", "objects": answer})
@@ -316,14 +324,19 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.server.endpoint}/{repo}/commit/{commit.sha}"
         self.json({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
 
-    # -- reading ------------------------------------------------------------------------------------------------
-
     def info(self, repo: str, revision: str = "main") -> None:
         commit = self.revision(repo, revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         private = self.server.repos[repo].private
         self.json(
-            {"_id": "0", "id": repo, "modelId": repo, "sha": commit.sha, "private": private, "siblings": siblings}
+            {
+                "_id": "0",
+                "id": repo,
+                "modelId": repo,
+                "sha": commit.sha,
+                "private": private,
+                "siblings": siblings,
+            }
         )
 
     def tree(self, repo: str, revision: str) -> None:
@@ -340,11 +353,13 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "EntryNotFound", "Entry not found", headers)
         if blob.lfs:
             headers |= {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.data))}
-            self.answer(302, headers={**headers, "Location": f"{self.server.endpoint}/storage/{blob.oid}"})
+            self.answer(302, headers={**headers, "Location": f"{self.server.storage}/{blob.oid}"})
             return
         self.content(blob, headers)
 
     def download(self, oid: str) -> None:
+        if self.token:
+            raise Refused(400, message="a token was sent to another host")
         if oid not in self.server.objects:
             raise Refused(404, message="no such object")
         self.content(Blob(self.server.objects[oid], True), {})

@@ -7,6 +7,7 @@ nothing is loaded in part, in silence.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,7 +32,11 @@ _OPTIONS = (
 
 
 def checkpoint_filter_fn(
-    state_dict: Mapping[str, Any], model: nn.Module, *, features_only: bool = False
+    state_dict: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    features_only: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Tensor]:
     """Return the checkpoint's tensors, ready for timm to adapt and load, or say in one line why they are not.
 
@@ -42,12 +47,13 @@ def checkpoint_filter_fn(
         state_dict: What the file holds.
         model: The model to be filled, whole: timm cuts it down for ``features_only`` after loading.
         features_only: The classifier is not wanted, so its shape does not matter.
+        cache_dir: Where the Hub's files are kept, if not in the Hub's own cache.
 
     Raises:
         ValueError: A key is missing, unexpected, of another shape or type, not finite, or damaged.
     """
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    path, source = weights_file(cfg)
+    path, source = weights_file(cfg, cache_dir)
     tensors = unwrap(state_dict, source)
     check_finite(tensors, source)
     if path is not None:
@@ -99,9 +105,7 @@ def _check_against(
     expected = model.state_dict()
 
     def refuse(key: str, what: str) -> ValueError:
-        return ValueError(
-            f"{source}: {key} {what}; {_remedy(key, tensors, model) or difference or _guess(key)}"
-        )
+        return ValueError(f"{source}: {key} {what}; {_remedy(key, tensors, model) or difference or _guess(key)}")
 
     missing = [
         # torch fills in the counter of batches, which older checkpoints have not

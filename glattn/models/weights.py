@@ -6,6 +6,7 @@ Nothing here runs code from a file: safetensors, or pickles that torch reads wit
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -63,7 +64,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
             raise ValueError(f"{source}: {key} has {bad} of {value.numel()} values that are NaN or infinite")
 
 
-def weights_file(cfg: Mapping[str, Any]) -> tuple[Path | None, str]:
+def weights_file(cfg: Mapping[str, Any], cache_dir: str | os.PathLike[str] | None = None) -> tuple[Path | None, str]:
     """Return the file that timm takes the weights from, if it is on this disk, and its name for errors."""
     file, repo = cfg.get("file"), cfg.get("hf_hub_id")
     if cfg.get("source") == "local-dir" and file:
@@ -78,7 +79,7 @@ def weights_file(cfg: Mapping[str, Any]) -> tuple[Path | None, str]:
     if repo:
         name, revision = hf_split(repo)
         filename = cfg.get("hf_hub_filename") or WEIGHTS
-        cached = try_to_load_from_cache(name, filename, revision=revision)
+        cached = try_to_load_from_cache(name, filename, cache_dir, revision)
         return Path(cached) if isinstance(cached, str) else None, f"hf-hub:{repo}/{filename}"
     return None, "checkpoint"
 
@@ -108,9 +109,22 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, temporary, metadata={"format": "pt", DIGEST: digest(tensors)})
+        _order_metadata(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort a safetensors header's metadata: the same weights are the same bytes, then."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length
+        file.seek(8)
+        file.write(text)
 
 
 def check_digest(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -120,9 +134,7 @@ def check_digest(tensors: Mapping[str, Tensor], path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     if DIGEST in metadata and digest(tensors) != metadata[DIGEST]:
-        raise ValueError(
-            f"{path}: damaged: its tensors are not those that were saved; copy or download it anew"
-        )
+        raise ValueError(f"{path}: damaged: its tensors are not those that were saved; copy or download it anew")
 
 
 def check_file(path: Path) -> None:
@@ -163,7 +175,7 @@ def checkpoint_errors(source: str) -> Iterator[None]:
         message = one_line(error)
         if "weights_only" in message:
             found = re.search(r"Unsupported globals: (.*?)\. No automatic", message)
-            what = f"code ({found[1]})" if found else "something else than tensors"
+            what = f"code ({found[1]})" if found else "something else than tensors, or is damaged"
             raise ValueError(
                 f"{source}: refused: its pickle holds {what}, which is never run; save it as safetensors"
             ) from error
@@ -178,6 +190,7 @@ def reading_checkpoint(
     pretrained: bool,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Iterator[None]:
     """Around a model's making: its weights' file is checked before, and errors of reading it name it.
 
@@ -186,12 +199,13 @@ def reading_checkpoint(
         pretrained: Weights are wanted; nothing is done without.
         pretrained_cfg: timm's.
         pretrained_cfg_overlay: timm's.
+        cache_dir: Where the Hub's files are kept, if not in the Hub's own cache.
     """
     if not pretrained:
         yield
         return
     overlay = dict(pretrained_cfg_overlay or {})
-    path, source = weights_file(resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict())
+    path, source = weights_file(resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict(), cache_dir)
     if path is not None:
         check_file(path)
     with checkpoint_errors(source):

@@ -1,0 +1,234 @@
+"""The model card: what was measured, how to use the weights, how they were made; a person's edits stay."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from timm.data.config import resolve_model_data_config
+from torch import nn
+
+CURVE = "curve.png"
+_MARK = re.compile(r"\n<!-- glattn card ([0-9a-f]{16}) -->\n?\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is known of a model's training; what is not known is left out of the card.
+
+    Args:
+        metrics: What was measured of these weights: ``top1`` and ``top5`` in percent, ``loss``, ``images``...
+        dataset: Name of the dataset they were trained and measured on.
+        command: The training's command line.
+        environment: Versions and machine, as plain JSON.
+        epochs: Epochs trained.
+        curve: Picture of the training curve.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    dataset: str | None = None
+    command: str | None = None
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int | None = None
+    curve: Path | None = None
+
+
+def read_record(run: Path) -> Record:
+    """Return what a training's run folder says of its best weights; a file that is missing says nothing.
+
+    Raises:
+        ValueError: A file is there and broken.
+    """
+    environment: dict[str, Any] = _read(run / "environment.json", json.loads) or {}
+    config: dict[str, Any] = _read(run / "config.yaml", yaml.safe_load) or {}
+    rows: list[Any] = _read(run / "metrics.csv", lambda text: list(csv.DictReader(text.splitlines()))) or []
+    command = environment.pop("command", None) or environment.pop("argv", None)
+    dataset = config.get("dataset")
+    if isinstance(dataset, Mapping):
+        dataset = dataset.get("name")
+    return Record(
+        metrics=_read(run / "best" / "metrics.json", json.loads) or {},
+        dataset=str(dataset) if dataset else None,
+        command=shlex.join(command) if isinstance(command, list) else command,
+        environment=environment,
+        epochs=len(rows) or None,
+        curve=run / CURVE if (run / CURVE).is_file() else None,
+    )
+
+
+def _read(path: Path, parse: Any) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, csv.Error) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def model_card(model: nn.Module, name: str, config: Mapping[str, Any], record: Record) -> str:
+    """Return the card's text, signed so that `is_untouched` knows it again.
+
+    Args:
+        model: The model, for its size.
+        name: What timm's ``hf-hub:`` takes: ``org/name``, with ``@revision`` if there is one.
+        config: The config.json that lies beside the card.
+        record: What is known of the training.
+    """
+    cfg = config["pretrained_cfg"]
+    ours = type(model).__module__.startswith("glattn.")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    sections = [
+        f"# {name}",
+        f"`{config['architecture']}`, an image classifier of {millions:.1f}M parameters and "
+        f"{config['num_classes']} classes, for [timm](https://github.com/huggingface/pytorch-image-models)"
+        + (" with `glattn`." if ours else "."),
+        *_measured(record),
+        "## Use",
+        _usage(name, cfg, ours),
+        *_training(record),
+        "## Input",
+        _table(("what", "value"), _input_rows(model, cfg)),
+    ]
+    if names := config.get("label_names"):
+        shown = ", ".join(str(label) for label in list(names)[:20])
+        sections += ["## Classes", shown + (f", ... ({len(names)} in all)" if len(names) > 20 else "")]
+    text = f"---\n{_metadata(name, config, record, ours).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return f"{text}\n<!-- glattn card {_signature(text)} -->\n"
+
+
+def is_untouched(card: str) -> bool:
+    """Return whether a card is one of ours that nobody edited since."""
+    found = _MARK.search(card)
+    return found is not None and _signature(card[: found.start()]) == found[1]
+
+
+def _signature(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+def _metadata(name: str, config: Mapping[str, Any], record: Record, ours: bool) -> ModelCardData:
+    dataset = record.dataset if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", record.dataset or "") else None
+    title = name.partition("@")[0].rpartition("/")[2]
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type="accuracy",
+            metric_name=f"top-{key[3:]}",
+            metric_value=round(float(record.metrics[key]), 4),
+        )
+        for key in ("top1", "top5")
+        if dataset and key in record.metrics
+    ]
+    return ModelCardData(
+        license=config["pretrained_cfg"].get("license", "apache-2.0"),
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transformers", *(["glattn"] if ours else [])],
+        datasets=[dataset] if dataset else None,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+
+
+def _measured(record: Record) -> list[str]:
+    if not record.metrics:
+        return ["## Measured", "Nothing: these weights came without measurements."]
+    on = f" on the validation images of {record.dataset}" if record.dataset else ""
+    rows = [(_METRICS.get(key, key), _number(value)) for key, value in record.metrics.items()]
+    picture = [f"![Loss and accuracy over the epochs]({CURVE})"] if record.curve else []
+    return ["## Measured", f"These weights{on}:", _table(("what", "value"), rows), *picture]
+
+
+_METRICS = {"top1": "top-1 accuracy, %", "top5": "top-5 accuracy, %", "images": "images", "epoch": "epoch"}
+
+
+def _usage(name: str, cfg: Mapping[str, Any], ours: bool) -> str:
+    channels = cfg["input_size"][0]
+    mode = {1: "L", 4: "RGBA"}.get(channels, "RGB")
+    imports = "import glattn  # registers the architecture with timm\n" if ours else ""
+    backbone = f'timm.create_model("hf-hub:{name}", pretrained=True, features_only=True)'
+    repo, _, revision = name.partition("@")
+    pinned = f', revision="{revision}"' if revision else ""
+    install = "pip install glattn" if ours else "pip install timm"
+    return f"""```sh
+{install}
+```
+
+```python
+{imports}import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("hf-hub:{name}", pretrained=True).eval()
+config = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**config, is_training=False)
+
+image = Image.new("{mode}", (320, 240))  # or Image.open("picture.jpg").convert("{mode}")
+with torch.inference_mode():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)[0]
+
+names = model.pretrained_cfg.get("label_names") or range(model.num_classes)
+for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
+    print(f"{{probability:.3f}} {{names[int(index)]}}")
+```
+
+Another number of classes, and features of every stage:
+
+```python
+model = timm.create_model("hf-hub:{name}", pretrained=True, num_classes=5)
+backbone = {backbone}
+```
+
+With transformers:
+
+```python
+{imports}from transformers import pipeline
+
+classify = pipeline("image-classification", model="{repo}"{pinned})
+print(classify(image))
+```"""
+
+
+def _training(record: Record) -> list[str]:
+    rows: list[tuple[str, Any]] = [
+        (key, value) for key, value in (("dataset", record.dataset), ("epochs", record.epochs)) if value
+    ]
+    for key, value in record.environment.items():
+        nested = value if isinstance(value, Mapping) else {key: value}
+        rows += [(name, item) for name, item in nested.items() if isinstance(item, str | int | float)]
+    sections = [f"```sh\n{record.command}\n```"] if record.command else []
+    if rows:
+        sections.append(_table(("what", "value"), rows))
+    return ["## Training", *sections] if sections else []
+
+
+def _input_rows(model: nn.Module, cfg: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    data = resolve_model_data_config(model, pretrained_cfg=dict(cfg))
+    channels, height, width = data["input_size"]
+    return [
+        ("size", f"{height} x {width} pixels, {channels} channels"),
+        ("mean", ", ".join(f"{v:.4g}" for v in data["mean"])),
+        ("standard deviation", ", ".join(f"{v:.4g}" for v in data["std"])),
+        ("resized by", data["interpolation"]),
+        ("crop", f"{data['crop_pct']:.4g} ({data['crop_mode']})"),
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

@@ -1,0 +1,164 @@
+"""`create_model`: timm's, with the family registered, and errors of one line that say what to do."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from timm.models import get_pretrained_cfg, is_model, load_checkpoint
+from timm.models._factory import parse_model_name
+from timm.models._hub import hf_split
+from torch import nn
+
+from glattn.models.checkpoint import checkpoint_filter_fn
+from glattn.models.glattn import GLAttn
+from glattn.models.weights import WEIGHTS, check_file, checkpoint_errors, one_line
+
+T = TypeVar("T")
+_logger = logging.getLogger(__name__)
+
+# What the client raises where no answer came: httpx's or, in older versions, requests' base class.
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+TRANSIENT = (429, 500, 502, 503, 504)
+
+
+def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Create a model as `timm.create_model` does: by name, ``hf-hub:org/name[@revision]`` or ``local-dir:``.
+
+    Importing this registers the family, so that one import is enough. Weights are read from safetensors
+    first, and otherwise only from pickles without code; those of a ``checkpoint_path`` too.
+
+    Args:
+        model_name: A model's name, with a source or a tag if wanted.
+        pretrained: Load the weights.
+        kwargs: As `timm.create_model` takes them.
+
+    Raises:
+        OSError: The Hub or a file is out of reach; one line says which and why.
+        ValueError: The name is unknown, or the checkpoint is damaged, unsafe or of another model; one line.
+    """
+    checkpoint_path = kwargs.pop("checkpoint_path", None)
+    source, model_id = parse_model_name(model_name)
+    if source is None and not is_model(model_id.partition(".")[0]):
+        close = difflib.get_close_matches(model_id, timm.list_models(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown model {model_name!r}{hint}")
+    with plain_errors(model_name):
+        if pretrained:
+            _fetch(source, model_id, kwargs)
+        model = patiently(lambda: timm.create_model(model_name, pretrained, **kwargs))
+    if checkpoint_path:
+        path = Path(checkpoint_path)
+        check_file(path)
+        # the path, and not the pretrained_cfg's source, is what errors and digests are about
+        cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        cfg.update(file=str(path), source=None)
+        with plain_errors(str(path)):
+            checks = checkpoint_filter_fn if isinstance(model, GLAttn) else None
+            load_checkpoint(model, str(path), filter_fn=checks)
+    return model
+
+
+def _fetch(source: str | None, model_id: str, kwargs: dict[str, Any]) -> None:
+    """Bring safetensors weights to the cache before timm asks for them.
+
+    timm takes a Hub that does not answer for one that has no safetensors, and would go on to a pickle.
+    """
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    if source is None and not overlay.get("file"):
+        repo = overlay.get("hf_hub_id") or getattr(get_pretrained_cfg(model_id), "hf_hub_id", None)
+    else:
+        repo = model_id if source == "hf-hub" else None
+    if not repo or overlay.get("hf_hub_filename"):
+        return
+    name, revision = hf_split(repo)
+    try:
+        patiently(lambda: hf_hub_download(name, WEIGHTS, revision=revision, cache_dir=kwargs.get("cache_dir")))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        _logger.info("%s has no %s", repo, WEIGHTS)
+
+
+def patiently(call: Callable[[], T], tries: int = 4) -> T:
+    """Return what ``call`` does, trying again where the Hub says that it is busy or broken for the moment."""
+    for attempt in range(tries - 1):
+        try:
+            return call()
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+            if response is None or response.status_code not in TRANSIENT:
+                raise
+            wait = str(response.headers.get("Retry-After", ""))
+            seconds = float(wait) if wait.isdigit() else float(2**attempt)
+            _logger.warning("the Hub answered %d; trying again in %.0f s", response.status_code, seconds)
+            time.sleep(seconds)
+    return call()
+
+
+@contextmanager
+def plain_errors(what: str) -> Iterator[None]:
+    """Turn what timm and huggingface_hub raise into a ``ValueError`` or ``OSError`` of one line."""
+    try:
+        with checkpoint_errors(what):
+            yield
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what}: its config.json is no JSON: {one_line(error)}") from error
+    except KeyError as error:
+        raise ValueError(f"{what}: its config.json is not one of timm's: {one_line(error)} is missing") from error
+    except (HTTP_ERROR, OSError) as error:
+        if isinstance(error, FileNotFoundError) and not isinstance(error, EntryNotFoundError):
+            raise FileNotFoundError(one_line(error) if str(error) else f"{what}: no such checkpoint") from error
+        raise OSError(f"{what}: {_hub_error(error)}") from error
+    except ValueError as error:
+        if "\n" in str(error):
+            raise ValueError(one_line(error)) from error
+        raise
+    except RuntimeError as error:
+        raise ValueError(f"{what}: {one_line(error)}") from error
+
+
+def _hub_error(error: Exception) -> str:
+    """Return in one line what a Hub or the way to it says, and what to do."""
+    endpoint = constants.ENDPOINT
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset it, or fetch once while online"
+    if isinstance(cause, GatedRepoError):
+        return f"gated: ask for access at {endpoint}, then log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(cause, RepositoryNotFoundError):
+        login = "; if it is private, log in with `hf auth login` or set HF_TOKEN"
+        return f"no such repository at {endpoint}{login}"
+    if isinstance(cause, RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        said = cause.response.headers.get("X-Error-Message") or cause.server_message or ""
+        if isinstance(cause, EntryNotFoundError):
+            return f"the repository has no such file: {cause.response.url}"
+        todo = {
+            401: "; log in with `hf auth login` or set HF_TOKEN",
+            403: "; the token has no right to this",
+            429: "; wait, then try again",
+        }.get(status, "")
+        return f"{endpoint} answered {status}{f' ({said})' if said else ''}{todo}"
+    if isinstance(cause, HTTP_ERROR) or isinstance(error, LocalEntryNotFoundError):
+        return f"not in the cache, and {endpoint} cannot be reached: {one_line(cause or error)}"
+    return one_line(error)

@@ -1,0 +1,382 @@
+"""Push and pull by the real client through a Hub of our own: in one commit, or not at all and in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from hub_client import Client, Failed, environment
+from hub_server import READER, running_hub
+
+pytestmark = pytest.mark.hub
+
+NAMES = ["ant", "bee", "cat"]
+MAKE = f"""
+import json, logging, torch, timm, glattn, pathlib
+from glattn.hub import create_model, push
+from glattn.hub.card import Record
+names = {NAMES}
+image = torch.rand(2, 3, 48, 40, generator=torch.Generator().manual_seed(7))
+
+def make(seed=0, **options):
+    torch.manual_seed(seed)
+    model = timm.create_model("test_glattn", num_classes=3, **options)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(torch.rand(4, 3, 64, 64))  # running statistics that are not the initial ones
+    return model.eval()
+
+def send(repo, seed=0, record=Record(metrics={{"top1": 91.5, "top5": 99.0}}, dataset="digits"), **options):
+    return push(make(seed), repo, label_names=names, record=record, **options)
+
+def differ(one, other):
+    with torch.inference_mode():
+        return float((one(image) - other.eval()(image)).abs().max())
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def shared_client(hub, tmp_path_factory):
+    client = Client(environment(hub.endpoint, tmp_path_factory.mktemp("home")))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def client(shared_client, hub):
+    hub.faults.clear()
+    hub.log.clear()
+    return lambda code: shared_client.run(MAKE + textwrap.dedent(code))
+
+
+@pytest.fixture
+def new_client(hub, tmp_path):
+    """Return a function that starts a process with an empty cache, or another's."""
+    clients = []
+
+    def start(home="new", endpoint=None, token="hf_writer", **more):
+        clients.append(Client(environment(endpoint or hub.endpoint, tmp_path / home, token, **more)))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.close()
+
+
+def one_line(error: Failed) -> str:
+    assert "\n" not in error.message
+    return error.message
+
+
+def fails(client, code: str, kind: str = "OSError") -> str:
+    with pytest.raises(Failed) as error:
+        client(code)
+    assert kind in error.value.kinds, error.value
+    return one_line(error.value)
+
+
+def test_push_is_one_commit_of_safe_files_and_pulls_back_the_same_numbers(hub, client):
+    where = client('result = send("org/first")')
+    assert set(hub.files("org/first")) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert hub.history("org/first") == ["Upload model", "initial commit"]
+    assert where == f"{hub.endpoint}/org/first/commit/{hub.repos['org/first'].branches['main'].sha}"
+    assert hub.repos["org/first"].branches["main"].files["model.safetensors"].lfs
+    assert not hub.repos["org/first"].private
+
+    result = client("""
+        pulled = timm.create_model("hf-hub:org/first", pretrained=True)
+        cfg = pulled.pretrained_cfg
+        result = differ(make(), pulled), cfg["label_names"], cfg["license"], pulled.num_classes
+    """)
+    assert result == [0.0, NAMES, "apache-2.0", 3]
+    config = json.loads(hub.files("org/first")["config.json"])
+    assert config["label_names"] == NAMES
+    assert config["architecture"] == "test_glattn"
+
+
+def test_options_of_the_model_travel(client):
+    assert client("""
+        model = make(head_dim=4, mlp_ratio=2.0, position="bias", layout="window", window_size=5, in_chans=1)
+        push(model, "org/options")
+        pulled = timm.create_model("hf-hub:org/options", pretrained=True)
+        image = image[:, :1]
+        result = differ(model, pulled), pulled.config == model.config, pulled.in_chans
+    """) == [0.0, True, 1]
+
+
+def test_adapted_to_other_classes_channels_and_features(hub, client):
+    client('send("org/adapt")')
+    result = client("""
+        one = make()
+        few = create_model("hf-hub:org/adapt", pretrained=True, num_classes=5)
+        gray = create_model("hf-hub:org/adapt", pretrained=True, in_chans=1)
+        bare = create_model("hf-hub:org/adapt", pretrained=True, num_classes=0)
+        maps = create_model("hf-hub:org/adapt", pretrained=True, features_only=True).eval()
+        with torch.inference_mode():
+            features = one.forward_features(image)
+            result = (
+                few.num_classes, torch.equal(few.eval().forward_features(image), features),
+                torch.allclose(gray.stem.conv1.conv.weight, one.stem.conv1.conv.weight.sum(1, keepdim=True)),
+                torch.equal(bare.eval()(image), one.forward_head(features, pre_logits=True)),
+                torch.equal(maps(image)[-1], features),
+            )
+    """)
+    assert result == [5, True, True, True, True]
+
+
+def test_a_tag_of_the_registry_pulls_from_its_repository(hub, client):
+    client('send("org/test_glattn.digits")')
+    assert client("""
+        from timm.models import PretrainedCfg, _registry
+        cfg = PretrainedCfg(hf_hub_id="org/test_glattn.digits", num_classes=3, first_conv="stem.conv1.conv",
+                            classifier="head.fc", tag="digits", architecture="test_glattn")
+        _registry._model_pretrained_cfgs["test_glattn.digits"] = cfg
+        both = [create("test_glattn.digits", pretrained=True) for create in (timm.create_model, create_model)]
+        result = [differ(make(), pulled) for pulled in both]
+    """) == [0.0, 0.0]
+
+
+def test_private_and_revision(hub, client, new_client):
+    client('send("org/secret", private=True)')
+    client('send("org/secret", seed=1, revision="v2")')
+    assert hub.repos["org/secret"].private
+    assert hub.files("org/secret")["model.safetensors"] != hub.files("org/secret", "v2")["model.safetensors"]
+    first = hub.repos["org/secret"].branches["main"].sha
+    assert client(f"""
+        seeds = {{"secret@v2": 1, "secret": 0, "secret@{first}": 0}}
+        pulled = [timm.create_model("hf-hub:org/" + name, pretrained=True) for name in seeds]
+        result = [differ(make(seed), model) for seed, model in zip(seeds.values(), pulled)]
+    """) == [0.0, 0.0, 0.0]
+    assert "hf-hub:org/secret@v2" in hub.files("org/secret", "v2")["README.md"].decode()
+
+    stranger = new_client(token=None)
+    message = fails(stranger.run, MAKE + 'create_model("hf-hub:org/secret", pretrained=True)')
+    assert "hf-hub:org/secret: no such repository" in message
+    assert "HF_TOKEN" in message
+
+
+def test_push_again_updates_everything_but_a_card_that_a_person_edited(hub, client):
+    client('send("org/again")')
+    before = hub.files("org/again")
+    client('send("org/again")')
+    assert hub.history("org/again") == ["Upload model", "initial commit"]  # nothing new: no commit
+
+    client('send("org/again", seed=1, record=Record(metrics={"top1": 93.25}, dataset="digits"))')
+    after = hub.files("org/again")
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert "91.5" in before["README.md"].decode()
+    assert "93.25" in after["README.md"].decode()
+    assert "91.5" not in after["README.md"].decode()
+
+    from hub_server import Blob
+
+    edited = after["README.md"].replace(b"# org/again", b"# Insects and a cat")
+    repo = hub.repos["org/again"]
+    repo.commit("main", {**repo.branches["main"].files, "README.md": Blob(edited, False)}, "Say what it is")
+    client('send("org/again", seed=2, record=Record(metrics={"top1": 94.75}, dataset="digits"))')
+    assert hub.files("org/again")["README.md"] == edited
+    assert hub.files("org/again")["model.safetensors"] != after["model.safetensors"]
+
+
+def test_card_of_a_run_and_its_pasted_usage(hub, client, new_client, tmp_path):
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / "best" / "metrics.json").write_text('{"epoch": 3, "top1": 87.125, "top5": 100.0, "images": 360}')
+    (run / "environment.json").write_text('{"torch": "2.15", "command": ["glattn", "train", "a b.yaml"]}')
+    (run / "config.yaml").write_text("dataset: digits\nepochs: 4\n")
+    (run / "metrics.csv").write_text("epoch,lr,top1\n0,0.1,50.0\n1,0.1,87.125\n")
+    (run / "curve.png").write_bytes(b"\x89PNG\r\n\x1a\n picture")
+    client(f"""
+        from timm.models import save_for_hf
+        save_for_hf(make(), "{run}/best", safe_serialization=True, model_config={{"label_names": names}})
+        result = push("{run}", "org/run")
+    """)
+    files = hub.files("org/run")
+    assert files["curve.png"] == (run / "curve.png").read_bytes()
+    card = files["README.md"].decode()
+    for said in (
+        "87.125",
+        "glattn train 'a b.yaml'",
+        "| epochs | 2 |",
+        "| torch | 2.15 |",
+        "![",
+        "ant, bee, cat",
+    ):
+        assert said in card
+
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 3
+    stranger = new_client(token=None)
+    printed = stranger.run("\n".join(blocks[:2]) + "\nresult = model.num_classes, len(backbone.feature_info)")
+    assert printed == [5, 4]
+    pytest.importorskip("transformers")
+    stranger.run("\n".join([blocks[0], blocks[2]]) + "\nresult = [c['label'] for c in classify(image)]")
+
+
+def test_a_push_that_is_killed_leaves_the_repository_as_it_was(hub, client, new_client):
+    client('send("org/killed")')
+    before = hub.files("org/killed")
+    for method, path in (("PUT", "/storage/"), ("POST", "/org/killed.git"), ("POST", "/commit/main")):
+        fault = hub.fault(method, path, hang=True)
+        victim = new_client()
+        victim.start(MAKE + 'send("org/killed", seed=5)')
+        assert fault.reached.wait(60)
+        victim.close()
+        assert hub.files("org/killed") == before
+    client('send("org/killed", seed=5)')
+    assert hub.history("org/killed") == ["Upload model", "Upload model", "initial commit"]
+    assert client('result = differ(make(5), timm.create_model("hf-hub:org/killed", pretrained=True))') == 0.0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "fault"),
+    [
+        ("POST", "/api/repos/create", {"status": 429, "headers": {"Retry-After": "1"}}),
+        ("POST", "/preupload/", {"status": 500}),
+        ("POST", "/objects/batch", {"status": 503}),
+        ("PUT", "/storage/", {"status": 500}),
+        ("PUT", "/storage/", {"cut": 1000}),
+        ("POST", "/commit/", {"status": 500}),
+        ("POST", "/commit/", {"status": 429, "headers": {"Retry-After": "1"}}),
+        ("HEAD", "README.md", {"status": 500}),
+    ],
+)
+def test_a_push_outlasts_a_fault_of_the_moment(hub, client, method, path, fault):
+    repo = f"org/moment-{len(hub.repos)}"
+    started = time.monotonic()
+    planted = hub.fault(method, path, **fault)
+    client(f'send("{repo}", seed={len(hub.repos) + 10})')
+    assert planted.times == 0
+    assert hub.history(repo) == ["Upload model", "initial commit"]
+    if "headers" in fault:
+        assert time.monotonic() - started >= 1.0
+
+
+def test_a_push_that_is_refused_says_so_in_one_line(hub, client, new_client):
+    reader = new_client(token=READER).run
+    assert "403" in fails(reader, MAKE + 'send("org/refused")')
+    stranger = new_client(token=None).run
+    message = fails(stranger, MAKE + 'send("org/refused")')
+    assert "org/refused" in message
+    assert "HF_TOKEN" in message
+    assert "org/refused" not in hub.repos
+
+    client('send("org/refused")')
+    before = hub.files("org/refused")
+    hub.fault("POST", "/commit/", status=403)
+    assert "403" in fails(client, 'send("org/refused", seed=1)')
+    hub.fault("POST", "/api/validate-yaml", status=400)
+    fails(client, 'send("org/refused", seed=1)', "Exception")
+    assert hub.files("org/refused") == before
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "fault"),
+    [
+        ("HEAD", "model.safetensors", {"status": 500}),
+        ("HEAD", "config.json", {"status": 503}),
+        ("GET", "/storage/", {"status": 429, "headers": {"Retry-After": "1"}}),
+        ("GET", "/storage/", {"status": 500}),
+        ("GET", "/storage/", {"cut": 100_000}),
+        ("GET", "config.json", {"cut": 10}),
+    ],
+)
+def test_a_pull_outlasts_a_fault_of_the_moment(hub, client, tmp_path, method, path, fault):
+    if "org/pull" not in hub.repos:
+        client('send("org/pull")')
+    planted = hub.fault(method, path, **fault)
+    pull = f'create_model("hf-hub:org/pull", pretrained=True, cache_dir="{tmp_path}")'
+    assert client(f"result = differ(make(), {pull})") == 0.0
+    assert planted.times == 0
+
+
+def test_a_pull_that_fails_says_so_in_one_line_and_leaves_nothing_half_written(hub, client, tmp_path):
+    if "org/pull" not in hub.repos:
+        client('send("org/pull")')
+    pull = f'create_model("hf-hub:org/pull", pretrained=True, cache_dir="{tmp_path}")'
+
+    hub.fault("GET", "/storage/", short=1000)
+    message = fails(client, pull)
+    assert message.startswith("hf-hub:org/pull: ")
+    assert "size" in message
+    assert client(f"result = differ(make(), {pull})") == 0.0
+
+    missing = 'create_model("hf-hub:org/{}", pretrained=True)'
+    assert "no such repository" in fails(client, missing.format("nothing"))
+    assert "no such revision" in fails(client, missing.format("pull@nothing"))
+    hub.fault("HEAD", "config.json", status=403, times=9)
+    assert "403" in fails(client, f'create_model("hf-hub:org/pull", pretrained=True, cache_dir="{tmp_path}/403")')
+    hub.faults.clear()
+    hub.fault("HEAD", "config.json", status=401, times=9)
+    fails(client, f'create_model("hf-hub:org/pull", pretrained=True, cache_dir="{tmp_path}/401")')
+
+
+def test_a_hub_that_stalls_on_safetensors_is_no_reason_to_read_a_pickle(hub, client, tmp_path):
+    from hub_server import Blob
+
+    client('send("org/both")')
+    repo = hub.repos["org/both"]
+    repo.commit("main", {**repo.branches["main"].files, "pytorch_model.bin": Blob(b"not to be read", False)}, "pickle")
+    hub.fault("HEAD", "model.safetensors", status=403, times=9)
+    assert "403" in fails(client, f'create_model("hf-hub:org/both", pretrained=True, cache_dir="{tmp_path}")')
+    assert hub.count("GET .*pytorch_model.bin") == 0
+
+
+def test_offline(hub, client, new_client):
+    client('send("org/offline")')
+    pull = MAKE + 'result = differ(make(), CREATE("hf-hub:org/offline", pretrained=True))'
+    assert new_client("warm").run(pull.replace("CREATE", "timm.create_model")) == 0.0
+
+    hub.log.clear()
+    assert new_client("warm", HF_HUB_OFFLINE="1").run(pull.replace("CREATE", "create_model")) == 0.0
+    assert hub.log == []
+    nowhere = "http://127.0.0.1:9"
+    assert new_client("warm", nowhere).run(pull.replace("CREATE", "create_model")) == 0.0
+
+    message = fails(new_client("cold", HF_HUB_OFFLINE="1").run, pull.replace("CREATE", "create_model"))
+    assert "hf-hub:org/offline: not in the cache, and HF_HUB_OFFLINE" in message
+    message = fails(new_client("cold", nowhere).run, pull.replace("CREATE", "create_model"))
+    assert f"{nowhere} cannot be reached" in message
+
+
+def test_a_hub_without_xet_storage_is_pushed_to_by_lfs(hub, new_client):
+    client = new_client(HF_HUB_DISABLE_XET="0")
+    client.run(MAKE + 'send("org/mirror")')
+    assert hub.history("org/mirror") == ["Upload model", "initial commit"]
+    assert client.run(MAKE + 'result = differ(make(), timm.create_model("hf-hub:org/mirror", pretrained=True))') == 0.0
+
+
+def test_the_command(hub, client, tmp_path):
+    client(f'send("org/unused", dry_run="{tmp_path}/model")')
+    assert "org/unused" not in hub.repos
+    env = environment(hub.endpoint, tmp_path / "home")
+    push = [
+        sys.executable,
+        "-m",
+        "glattn",
+        "push",
+        str(tmp_path / "model"),
+        "org/command",
+        "--revision",
+        "v1",
+    ]
+    done = subprocess.run(push, env=env, capture_output=True, text=True)
+    assert (done.returncode, hub.history("org/command", "v1")[0]) == (0, "Upload model"), done.stderr
+    assert 'timm.create_model("hf-hub:org/command@v1", pretrained=True)' in done.stdout
+    refused = subprocess.run(
+        push, env=environment(hub.endpoint, tmp_path / "home", None), capture_output=True, text=True
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith("glattn push: org/command: ")
