@@ -154,7 +154,9 @@ class GLAttnConfig:
         object.__setattr__(self, "mlp_ratio", tuple(float(r) for r in ratios))
         check_choice("abs_pos", self.abs_pos, ("none", "stem", "stages"))
         if self.stem_stride not in (2, 4):
-            raise ValueError(f"stem_stride={self.stem_stride!r} is not a stride of the stem; use 4, or 2 for small images")
+            raise ValueError(
+                f"stem_stride={self.stem_stride!r} is not a stride of the stem; use 4, or 2 for small images"
+            )
         if self.layer_scale is not None:
             scale = self.layer_scale
             if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
@@ -189,6 +191,7 @@ class GLAttnConfig:
 
 
 MIXER_OPTIONS = frozenset(f.name for f in dataclasses.fields(MixerConfig))
+
 
 def check_choice(name: str, value: object, allowed: Iterable[str], more: str = "") -> None:
     """Raise a ``ValueError`` that names the option, its value, what is allowed and the closest choice."""
@@ -255,9 +258,7 @@ def _check_kinds(config: MixerConfig) -> None:
 
     for name, table in TABLES.items():
         check_choice(name, getattr(config, name), table)
-    layout, position, mechanism = (
-        TABLES[axis][getattr(config, axis)] for axis in ("layout", "position", "mechanism")
-    )
+    layout, position, mechanism = (TABLES[axis][getattr(config, axis)] for axis in ("layout", "position", "mechanism"))
     name = config.mechanism
     if position.adds_bias and not mechanism.takes_bias:
         raise ValueError(

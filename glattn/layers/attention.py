@@ -3,8 +3,6 @@
 After UNetFormer's global branch (arXiv:2109.08937), which is a relative-bias window attention.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -112,9 +110,7 @@ class MultiHeadGlobalAttention(nn.Module):
         if self.pool_stride > 1:
             # a kernel of stride + 1 (made odd) leaves no cell out and overlaps its neighbours
             kernel_size = self.pool_stride + 1 - self.pool_stride % 2
-            self.pool = ConvNorm(
-                dim, dim, kernel_size=kernel_size, stride=self.pool_stride, groups=dim, **factory
-            )
+            self.pool = ConvNorm(dim, dim, kernel_size=kernel_size, stride=self.pool_stride, groups=dim, **factory)
         self.embed = POSITIONS[config.position].embed(dim, **factory)
         shared = MECHANISMS[config.mechanism].shares_qk
         self.qkv = ConvNorm(dim, (2 if shared else 3) * dim, **factory)

@@ -4,8 +4,6 @@ There attention's map is average-pooled where it is large; here ``stride`` says 
 interpolated to the map at hand.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

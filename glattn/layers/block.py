@@ -3,8 +3,6 @@
 UNetFormer normalises before each branch; here every norm stands right behind a convolution, so that all of them fold.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

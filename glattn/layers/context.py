@@ -1,6 +1,4 @@
-"""Global context block (GCNet, arXiv:1904.11492), timm's: every cell gets a transform of one attended mean of the map."""
-
-from __future__ import annotations
+"""Global context block (GCNet, arXiv:1904.11492), timm's: each cell gets a transform of one attended mean."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Convolutions whose BatchNorm folds away: the only normalisation of the family (folding: RepVGG, arXiv:2101.03697)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -174,7 +172,7 @@ def require_eval(module: nn.Module) -> None:
     """Raise a ``RuntimeError`` where a module in training mode is to be folded."""
     if module.training:
         raise RuntimeError(
-            f"{type(module).__name__} is in training mode, whose batch statistics cannot be folded; call model.eval() first"
+            f"{type(module).__name__} is in training mode, whose batch statistics do not fold; call model.eval() first"
         )
 
 

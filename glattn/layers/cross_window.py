@@ -4,8 +4,6 @@ There the strips are fixed and the border reflected; here they are as long as th
 mean is over the cells that exist.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.fx
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 The sum is UNetFormer's (arXiv:2109.08937), the channel split Inception Transformer's (arXiv:2205.12956).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -39,7 +37,7 @@ class SumFusion(nn.Module):
 
 
 class GatedFusion(SumFusion):
-    """``g local + (1 - g) global`` with ``g = sigmoid(BatchNorm(conv1x1([local, global])))``, a gate a channel and cell."""
+    """``g local + (1 - g) global``, ``g = sigmoid(BatchNorm(conv1x1([local, global])))`` a channel and cell."""
 
     def __init__(self, dim: int, *, config: MixerConfig, **factory: Any) -> None:
         super().__init__(dim, config=config)

@@ -9,8 +9,6 @@ A layout is an index of the map's cells, so that a channels_last map is copied o
 the full layout. Index arithmetic is on one flat range: a traced graph then holds for any number of groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,56 +32,50 @@ def upsample(x: Tensor, height: int, width: int) -> Tensor:
 @torch.fx.wrap
 def group_cells(
     like: Tensor,
-    size: list[int],
     groups: list[int],
     cells: list[int],
     between: list[int],
     within: list[int],
     first: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Return the map's cell that each cell of each group is, and whether there is one, both ``(groups * cells,)``.
+    """Return which cell of a batch of maps each cell of each group is, and whether there is one: ``(groups, cells)``.
 
-    All lists are (vertical, horizontal): the map's size, the number of groups, the cells of one; the cells from a group
-    to the next, from a cell of it to the next, and the place of the very first, which may lie outside the map.
+    ``like`` is the ``(B, C, H, W)`` map, whose images' groups follow each other. All lists are (vertical, horizontal):
+    the groups of an image, the cells of one; the cells from a group to the next, from a cell of it to the next, and the
+    place of the very first, which may lie outside the map.
     """
-    each = cells[0] * cells[1]
-    place = torch.arange(groups[0] * groups[1] * each, device=like.device)
-    group, cell = place // each, place % each
-    row = group // groups[1] * between[0] + cell // cells[1] * within[0] + first[0]
-    column = group % groups[1] * between[1] + cell % cells[1] * within[1] + first[1]
-    exists = (row >= 0) & (row < size[0]) & (column >= 0) & (column < size[1])
-    return row.clamp(0, size[0] - 1) * size[1] + column.clamp(0, size[1] - 1), exists
+    batch, height, width = like.shape[0], like.shape[2], like.shape[3]
+    group = torch.arange(batch * (groups[0] * groups[1]), device=like.device)
+    image, group = group // (groups[0] * groups[1]), group % (groups[0] * groups[1])
+    cell = torch.arange(cells[0] * cells[1], device=like.device)
+    row = (group // groups[1] * between[0] + first[0]).unsqueeze(1) + (cell // cells[1] * within[0]).unsqueeze(0)
+    column = (group % groups[1] * between[1] + first[1]).unsqueeze(1) + (cell % cells[1] * within[1]).unsqueeze(0)
+    exists = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    return (image * (height * width)).unsqueeze(1) + index, exists
 
 
 @torch.fx.wrap
-def take(x: Tensor, index: Tensor, groups: int, cells: int) -> Tensor:
-    """Return the cells of each image's groups: ``(B, C, H, W) -> (B * groups, cells, C)``."""
-    batch, dim, height, width = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(batch * height * width, dim)
-    return rows.index_select(0, each_image(index, batch, height * width)).view(batch * groups, cells, dim)
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Return the cells at ``index``, ``(groups, cells)``, of the maps: ``(B, C, H, W) -> (groups, cells, C)``."""
+    rows = x.permute(0, 2, 3, 1).reshape(x.shape[0] * x.shape[2] * x.shape[3], x.shape[1])
+    return F.embedding(index, rows)
 
 
 @torch.fx.wrap
 def put(tokens: Tensor, index: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """Return the map whose cells stand at ``index`` of its groups: ``(B * groups, cells, C) -> (B, C, H, W)``."""
-    groups, cells, dim = tokens.shape
-    rows = tokens.reshape(groups * cells, dim)
-    rows = rows.index_select(0, each_image(index, batch, groups * cells // batch))
-    return rows.view(batch, height, width, dim).permute(0, 3, 1, 2)
-
-
-def each_image(index: Tensor, batch: int, cells: int) -> Tensor:
-    """Return the index for every image of a batch whose cells follow each other."""
-    return (torch.arange(batch, device=index.device).unsqueeze(1) * cells + index.unsqueeze(0)).flatten()
+    """Return the maps whose cells stand at ``index`` of the groups: ``(groups, cells, C) -> (B, C, H, W)``."""
+    rows = tokens.reshape(tokens.shape[0] * tokens.shape[1], tokens.shape[2])
+    return rows.index_select(0, index).view(batch, height, width, tokens.shape[2]).permute(0, 3, 1, 2)
 
 
 @torch.fx.wrap
-def key_mask(exists: Tensor, outside: list[int], batch: int, groups: int, cells: int) -> Tensor | None:
-    """Return which keys exist, ``(B * groups, cells)``; None where no cell lies ``outside`` the map on any side."""
+def key_mask(exists: Tensor, outside: list[int]) -> Tensor | None:
+    """Return which keys exist, ``(groups, cells)``; None where no cell lies ``outside`` the map on any side."""
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():  # a traced size must not be branched on
         if max(outside) == 0:
             return None
-    return exists.repeat(batch).view(batch * groups, cells)
+    return exists
 
 
 class FixedSize(nn.Module):
@@ -212,31 +204,34 @@ class Window(nn.Module):
 
     def group(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return queries, keys and values as ``(groups, tokens, C)``, and which keys exist (None: all)."""
-        batch, height, width = q.shape[0], q.shape[2], q.shape[3]
+        height, width, halo = q.shape[2], q.shape[3], self.halo
         m, h, n, w, top, left = self.frame(height, width)
-        cells, exists = group_cells(q, [height, width], [m, n], [h, w], [h, w], [1, 1], [-top, -left])
-        q = take(q, cells, m * n, h * w)
-        halo = self.halo
-        kh, kw = h + 2 * halo, w + 2 * halo
+        cells, exists = group_cells(q, [m, n], [h, w], [h, w], [1, 1], [-top, -left])
+        q = take(q, cells)
         if halo > 0:
-            first = [-top - halo, -left - halo]
-            cells, exists = group_cells(k, [height, width], [m, n], [kh, kw], [h, w], [1, 1], first)
-        k, v = take(k, cells, m * n, kh * kw), take(v, cells, m * n, kh * kw)
+            around, first = [h + 2 * halo, w + 2 * halo], [-top - halo, -left - halo]
+            cells, exists = group_cells(k, [m, n], around, [h, w], [1, 1], first)
         outside = [top + halo, left + halo, m * h - height - top + halo, n * w - width - left + halo]
-        return q, k, v, key_mask(exists, outside, batch, m * n, kh * kw)
+        return q, take(k, cells), take(v, cells), key_mask(exists, outside)
 
     def restore(self, tokens: Tensor, batch: int, height: int, width: int) -> Tensor:
         """Return the queries' map, ``(groups, queries, C) -> (B, C, H, W)``, channels_last."""
-        _, h, n, w, top, left = self.frame(height, width)
-        return put(tokens, window_places(tokens, height, width, n, h, w, top, left), batch, height, width)
+        m, h, n, w, top, left = self.frame(height, width)
+        return put(
+            tokens, window_places(tokens, [batch, height, width], [m, n], [h, w], [top, left]), batch, height, width
+        )
 
 
 @torch.fx.wrap
-def window_places(like: Tensor, height: int, width: int, n: int, h: int, w: int, top: int, left: int) -> Tensor:
-    """Return where each cell of the map stands in its image's windows, ``(H * W,)``."""
-    place = torch.arange(height * width, device=like.device)
-    row, column = place // width + top, place % width + left
-    return (row // h * n + column // w) * (h * w) + row % h * w + column % w
+def window_places(like: Tensor, size: list[int], groups: list[int], cells: list[int], first: list[int]) -> Tensor:
+    """Return where each cell of a batch of maps, of ``size`` (B, H, W), stands in its windows: ``(B * H * W,)``.
+
+    The other lists are (vertical, horizontal): windows of an image, cells of one, cells missing above and left.
+    """
+    place = torch.arange(size[0] * size[1] * size[2], device=like.device)
+    image, row, column = place // (size[1] * size[2]), place // size[2] % size[1] + first[0], place % size[2] + first[1]
+    group = (image * groups[0] + row // cells[0]) * groups[1] + column // cells[1]
+    return group * (cells[0] * cells[1]) + row % cells[0] * cells[1] + column % cells[1]
 
 
 class Grid(nn.Module):
@@ -264,24 +259,28 @@ class Grid(nn.Module):
 
     def group(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return queries, keys and values as ``(groups, tokens, C)``, and which keys exist (None: all)."""
-        batch, height, width, g = q.shape[0], q.shape[2], q.shape[3], self.size
+        height, width, g = q.shape[2], q.shape[3], self.size
         m, n = self.frame(height, width)
-        cells, exists = group_cells(q, [height, width], [m, n], [g, g], [1, 1], [m, n], [0, 0])
-        mask = key_mask(exists, [m * g - height, n * g - width], batch, m * n, g * g)
-        return take(q, cells, m * n, g * g), take(k, cells, m * n, g * g), take(v, cells, m * n, g * g), mask
+        cells, exists = group_cells(q, [m, n], [g, g], [1, 1], [m, n], [0, 0])
+        mask = key_mask(exists, [m * g - height, n * g - width])
+        return take(q, cells), take(k, cells), take(v, cells), mask
 
     def restore(self, tokens: Tensor, batch: int, height: int, width: int) -> Tensor:
         """Return the queries' map, ``(groups, queries, C) -> (B, C, H, W)``, channels_last."""
         m, n = self.frame(height, width)
-        return put(tokens, grid_places(tokens, height, width, m, n, self.size), batch, height, width)
+        return put(tokens, grid_places(tokens, [batch, height, width], [m, n], self.size), batch, height, width)
 
 
 @torch.fx.wrap
-def grid_places(like: Tensor, height: int, width: int, m: int, n: int, size: int) -> Tensor:
-    """Return where each cell of the map stands in its image's grids, ``(H * W,)``."""
-    place = torch.arange(height * width, device=like.device)
-    row, column = place // width, place % width
-    return (row % m * n + column % n) * (size * size) + row // m * size + column // n
+def grid_places(like: Tensor, size: list[int], groups: list[int], side: int) -> Tensor:
+    """Return where each cell of a batch of maps, of ``size`` (B, H, W), stands in its grids: ``(B * H * W,)``.
+
+    ``groups`` is (vertical, horizontal): the grids of an image, and how far their cells lie apart.
+    """
+    place = torch.arange(size[0] * size[1] * size[2], device=like.device)
+    image, row, column = place // (size[1] * size[2]), place // size[2] % size[1], place % size[2]
+    group = (image * groups[0] + row % groups[0]) * groups[1] + column % groups[1]
+    return group * (side * side) + row // groups[0] * side + column // groups[1]
 
 
 Builder = Callable[[MixerConfig, tuple[int, int]], list[nn.Module]]
@@ -324,9 +323,7 @@ LAYOUTS: dict[str, LayoutKind] = {
     "full": LayoutKind(lambda config, image_size: [Full()]),
     "pooled": LayoutKind(_pooled, sized=True, pooled=True),
     "window": LayoutKind(lambda config, image_size: [Window(_sizing(config, image_size))], sized=True),
-    "shifted": LayoutKind(
-        lambda config, image_size: [Window(_sizing(config, image_size), shifted=True)], sized=True
-    ),
+    "shifted": LayoutKind(lambda config, image_size: [Window(_sizing(config, image_size), shifted=True)], sized=True),
     "grid": LayoutKind(lambda config, image_size: [Grid(config.window_size)]),
     "overlap": LayoutKind(
         lambda config, image_size: [Window(_sizing(config, image_size), halo=config.halo)],

@@ -4,8 +4,6 @@ UNetFormer's local branch (arXiv:2109.08937) sums a 1x1 and a 3x3 convolution; h
 default, and a gate behind them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -42,9 +40,7 @@ class ImprovedLocalAttention(nn.Module):
         ValueError: ``local_groups`` does not divide ``dim``.
     """
 
-    def __init__(
-        self, dim: int, *, config: MixerConfig | None = None, dilation: int = 1, **factory: Any
-    ) -> None:
+    def __init__(self, dim: int, *, config: MixerConfig | None = None, dilation: int = 1, **factory: Any) -> None:
         super().__init__()
         config = config or MixerConfig()
         self.conv = MultiScaleConv(
@@ -74,9 +70,7 @@ class AugmentedLocalAttention(nn.Module):
         ValueError: ``local_groups`` does not divide the convolution's channels, or there are none.
     """
 
-    def __init__(
-        self, dim: int, *, config: MixerConfig | None = None, dilation: int = 1, **factory: Any
-    ) -> None:
+    def __init__(self, dim: int, *, config: MixerConfig | None = None, dilation: int = 1, **factory: Any) -> None:
         super().__init__()
         config = config or MixerConfig()
         attn_dim = round(dim * config.augment_ratio / 8) * 8

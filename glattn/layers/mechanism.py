@@ -5,8 +5,6 @@ Performer: FAVOR+ (arXiv:2009.14794); Linformer (arXiv:2006.04768); ReLU linear 
 ``(groups, heads, tokens, head_dim)`` and any number of tokens; cheaper ones compute in float32 at least.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

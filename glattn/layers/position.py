@@ -2,10 +2,8 @@
 
 Relative bias: Swin (arXiv:2103.14030); log-spaced continuous bias: Swin v2 (arXiv:2111.09883); rotary: RoFormer
 (arXiv:2104.09864), axial and mixed in 2-D: Heo et al. (arXiv:2403.13298); convolution: CPVT (arXiv:2102.10882). They
-differ from those in that nothing is tied to a size: tables are interpolated, and rotations computed, for the map at hand.
+differ from those in that nothing is tied to a size: tables are interpolated and rotations computed for the map at hand.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -293,7 +291,7 @@ class AbsolutePosition(nn.Module):
 
 @torch.fx.wrap
 def resize_map(table: Tensor, height: int, width: int) -> Tensor:
-    """Return a ``(1, C, h, w)`` table resized to ``height x width`` cells, bicubically; itself where it has that size."""
+    """Return a ``(1, C, h, w)`` table resized to ``height x width`` cells, bicubically; itself where it fits."""
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         if table.shape[2] == height and table.shape[3] == width:
             return table

@@ -1,0 +1,1 @@
+"""The backbone, its stages and its sizes."""

@@ -1,7 +1,5 @@
 """GLAttn, the hierarchical global-local backbone, as timm knows models: its contract, default cfgs, entry points."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,7 +137,7 @@ class GLAttn(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that weight decay would pull to a meaningless zero: tables, frequencies, projections."""
+        """Return the parameters whose zero means nothing, so that weight decay spares them: tables, frequencies."""
         kinds = ("table", "freqs", "rows", "columns", "project_k", "project_v")
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in kinds}
 
@@ -181,9 +179,7 @@ class GLAttn(nn.Module):
         if global_pool is not None:
             check_choice("global_pool", global_pool, POOLS)
         self.num_classes = num_classes
-        self.head.reset(
-            num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self)
-        )
+        self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(

@@ -1,7 +1,5 @@
 """Stem and stages of the backbone: what `GLAttn` strings together, each owning all that happens to its map."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,9 +45,7 @@ class Stem(nn.Module):
         self.conv1 = ConvNorm(in_chans, max(dim // 2, 1), kernel_size=3, stride=2, **factory)
         self.act = create_act_layer(config.act_layer, inplace=True)
         self.conv2 = ConvNorm(max(dim // 2, 1), dim, kernel_size=3, stride=stride // 2, **factory)
-        self.pos_embed = (
-            AbsolutePosition(dim, map_size, **factory) if config.abs_pos == "stem" else nn.Identity()
-        )
+        self.pos_embed = AbsolutePosition(dim, map_size, **factory) if config.abs_pos == "stem" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the stem's map."""
@@ -88,12 +84,8 @@ class Stage(nn.Module):
         dim = config.dims[index]
         self.downsample: nn.Module = nn.Identity()
         if index > 0:
-            self.downsample = ConvNorm(
-                in_channels, dim, kernel_size=3, stride=stride, dilation=dilation[0], **factory
-            )
-        self.pos_embed = (
-            AbsolutePosition(dim, map_size, **factory) if config.abs_pos == "stages" else nn.Identity()
-        )
+            self.downsample = ConvNorm(in_channels, dim, kernel_size=3, stride=stride, dilation=dilation[0], **factory)
+        self.pos_embed = AbsolutePosition(dim, map_size, **factory) if config.abs_pos == "stages" else nn.Identity()
         self.blocks = nn.Sequential(
             *(
                 GlobalLocalBlock(
@@ -105,9 +97,7 @@ class Stage(nn.Module):
                         dilation=dilation[1],
                         **factory,
                     ),
-                    Mlp(
-                        dim, hidden_dim=int(dim * config.mlp_ratio[index]), act_layer=config.act_layer, **factory
-                    ),
+                    Mlp(dim, hidden_dim=int(dim * config.mlp_ratio[index]), act_layer=config.act_layer, **factory),
                     dim=dim,
                     layer_scale=config.layer_scale,
                     drop_path=rate,

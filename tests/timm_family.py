@@ -1,0 +1,35 @@
+"""Pytest plugin that turns timm's own test-suite on this family: its model lists name our models, and nothing else runs."""
+
+import fnmatch
+import os
+
+import pytest
+import timm
+import timm.models
+
+import glattn  # noqa: F401 (registers the family)
+
+_list_models = timm.list_models
+_CHOSEN = os.environ["GLATTN_CONTRACT_MODELS"].split(",")
+
+
+def _of_the_family(filter="", module="", **kwargs):  # noqa: A002 (timm's name)
+    names = _list_models(filter, module="glattn", **kwargs)
+    return [name for name in names if any(fnmatch.fnmatch(name, chosen) for chosen in _CHOSEN)]
+
+
+timm.list_models = timm.models.list_models = _of_the_family
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep the cases that are about one of our models."""
+    kept = [item for item in items if "glattn" in str(getattr(item, "callspec", None) and item.callspec.params)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Know timm's markers without its configuration file."""
+    for name in ("base", "cfg", "cfg_nonstd", "forward", "backward", "torchscript", "features", "fxforward", "fxbackward"):
+        config.addinivalue_line("markers", name)
