@@ -1,6 +1,7 @@
 """GLAttn, the hierarchical global-local backbone, as timm knows models: its contract, default cfgs, entry points."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from glattn.config import GLAttnConfig, check_choice, check_rate
+from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.stages import Stage, Stem, ceil_size
 from glattn.models.variants import VARIANTS
 
@@ -282,6 +284,9 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         pretrained,
         model_cfg=VARIANTS[variant],
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        pretrained_filter_fn=partial(
+            checkpoint_filter_fn, features_only=kwargs.get("features_only", False), cache_dir=kwargs.get("cache_dir")
+        ),
         **kwargs,
     )
 

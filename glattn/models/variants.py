@@ -1,7 +1,5 @@
 """The family's sizes and named mechanisms, as one table of configs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from glattn.config import GLAttnConfig
