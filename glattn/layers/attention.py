@@ -63,13 +63,13 @@ class HeadGroup(nn.Module):
         """Return the attended values' map."""
         height, width = q.shape[2], q.shape[3]
         q, k = self.position.encode(q, k)
-        group_height, group_width, halo = self.layout.span(height, width)
-        bias = self.position.bias(q, group_height, group_width, halo)
+        span = self.layout.span(height, width)
+        bias = self.position.bias(q, span, self.layout.reach(height, width))
         batch = q.shape[0]
         q, k, v, mask = self.layout.group(q, k, v)
         out = self.inner_attn(self.heads(q), self.heads(k), self.heads(v), bias, mask)
         out = self.layout.restore(out.transpose(1, 2).flatten(2), batch, height, width)
-        return self.cross_window(out, group_height, group_width)
+        return self.cross_window(out, span[0], span[1])
 
 
 class MultiHeadGlobalAttention(nn.Module):

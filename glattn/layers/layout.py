@@ -89,6 +89,10 @@ class FixedSize(nn.Module):
         """Return the window's height and width on a map of this height and width."""
         return self.height, self.width
 
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size that tables of offsets are made for: the window's own."""
+        return self.forward(height, width)
+
 
 class CutSize(nn.Module):
     """Windows that cut each axis of the map into ``cuts`` parts: ``ceil(map / cuts)``."""
@@ -100,6 +104,10 @@ class CutSize(nn.Module):
     def forward(self, height: int, width: int) -> tuple[int, int]:
         """Return the window's height and width on a map of this height and width."""
         return (height + self.cuts - 1) // self.cuts, (width + self.cuts - 1) // self.cuts
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size that tables of offsets are made for: the window's own, so that they scale with the map."""
+        return self.forward(height, width)
 
 
 class BoundSize(nn.Module):
@@ -114,6 +122,10 @@ class BoundSize(nn.Module):
         m, n = (height + self.side - 1) // self.side, (width + self.side - 1) // self.side
         return (height + m - 1) // m, (width + n - 1) // n
 
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size that tables of offsets are made for: the largest, so that an offset means one distance."""
+        return self.side, self.side
+
 
 class StripeSize(nn.Module):
     """Stripes over the whole map: ``size`` cells wide if ``vertical``, else ``size`` cells high."""
@@ -125,6 +137,10 @@ class StripeSize(nn.Module):
     def forward(self, height: int, width: int) -> tuple[int, int]:
         """Return the window's height and width on a map of this height and width."""
         return (height, self.size) if self.vertical else (self.size, width)
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size that tables of offsets are made for: the stripe's own, so that they scale with the map."""
+        return self.forward(height, width)
 
 
 def _fixed(config: MixerConfig, image_size: tuple[int, int]) -> nn.Module:
@@ -150,7 +166,7 @@ class Full(nn.Module):
     """Every cell sees every cell. Cost: ``N^2`` scores; a channels_last map is never copied."""
 
     def reach(self, height: int, width: int) -> tuple[int, int]:
-        """Return one more than the largest offset from a query to a key, an axis, on such a map."""
+        """Return the reach that tables of offsets have on such a map: offsets from a query to a key are smaller."""
         return height, width
 
     def span(self, height: int, width: int) -> tuple[int, int, int]:
@@ -193,8 +209,8 @@ class Window(nn.Module):
         return m, h, n, w, top, left
 
     def reach(self, height: int, width: int) -> tuple[int, int]:
-        """Return one more than the largest offset from a query to a key, an axis, on such a map."""
-        h, w = self.size(height, width)
+        """Return the reach that tables of offsets have on such a map: offsets from a query to a key are smaller."""
+        h, w = self.size.largest(height, width)
         return h + self.halo, w + self.halo
 
     def span(self, height: int, width: int) -> tuple[int, int, int]:
@@ -250,7 +266,7 @@ class Grid(nn.Module):
         return (height + self.size - 1) // self.size, (width + self.size - 1) // self.size
 
     def reach(self, height: int, width: int) -> tuple[int, int]:
-        """Return one more than the largest offset from a query to a key, an axis, in cells of the grid."""
+        """Return the reach that tables of offsets have, in cells of the grid: offsets are smaller."""
         return self.size, self.size
 
     def span(self, height: int, width: int) -> tuple[int, int, int]:

@@ -35,10 +35,11 @@ class NoPosition(nn.Module):
         """Return the maps of queries and keys, ``(B, heads * head_dim, H, W)`` each, with their position."""
         return q, k
 
-    def bias(self, like: Tensor, height: int, width: int, halo: int) -> Tensor | None:
-        """Return what is added to the scores, ``(heads, queries, keys)``, of a group of ``height x width`` queries.
+    def bias(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor | None:
+        """Return what is added to a group's scores, ``(heads, queries, keys)``.
 
-        Its keys are the same cells and ``halo`` more on every side. ``like`` gives device and type.
+        ``span`` is the group's (height, width, halo): its keys are its queries' cells and ``halo`` more on every side.
+        ``reach`` is that of the layout's tables on this map. ``like`` gives the type.
         """
         return None
 
@@ -55,19 +56,22 @@ def resize_table(table: Tensor, height: int, width: int) -> Tensor:
 
 
 def offsets(like: Tensor, length: int, halo: int) -> Tensor:
-    """Return query minus key along an axis, ``(length * (length + 2 halo),)``, counted from the smallest."""
+    """Return query minus key for each pair along an axis, ``(length * (length + 2 halo),)``."""
     query = torch.arange(length, device=like.device)
     key = torch.arange(length + 2 * halo, device=like.device) - halo
-    return (query.unsqueeze(1) - key.unsqueeze(0) + (length + halo - 1)).flatten()
+    return (query.unsqueeze(1) - key.unsqueeze(0)).flatten()
 
 
 @torch.fx.wrap
-def pairs(table: Tensor, height: int, width: int, halo: int) -> Tensor:
+def pairs(table: Tensor, span: tuple[int, int, int]) -> Tensor:
     """Return ``out[:, query, key] = table[:, query - key]``, ``(heads, queries, keys)``.
 
-    ``table`` is ``(heads, 2 (height + halo) - 1, 2 (width + halo) - 1)``, its centre standing for no offset.
+    ``table`` is ``(heads, 2 R - 1, 2 S - 1)``, its centre standing for no offset; ``span`` is (height, width, halo).
     """
-    out = table.index_select(1, offsets(table, height, halo)).index_select(2, offsets(table, width, halo))
+    height, width, halo = span
+    rows = offsets(table, height, halo) + table.shape[1] // 2
+    columns = offsets(table, width, halo) + table.shape[2] // 2
+    out = table.index_select(1, rows).index_select(2, columns)
     out = out.reshape(table.shape[0], height, height + 2 * halo, width, width + 2 * halo).transpose(2, 3)
     return out.reshape(table.shape[0], height * width, (height + 2 * halo) * (width + 2 * halo))
 
@@ -100,9 +104,9 @@ class RelativeBias(NoPosition):
             reach = [(size + 1) // 2 for size in self.table.shape[1:]]
             state_dict[f"{prefix}table"] = resize_table(table, *reach)
 
-    def bias(self, like: Tensor, height: int, width: int, halo: int) -> Tensor | None:
+    def bias(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor | None:
         """Return what is added to the scores, ``(heads, queries, keys)``."""
-        return pairs(resize_table(self.table, height + halo, width + halo), height, width, halo).to(like.dtype)
+        return pairs(resize_table(self.table, reach[0], reach[1]), span).to(like.dtype)
 
 
 @torch.fx.wrap
@@ -135,11 +139,11 @@ class ContinuousBias(NoPosition):
             nn.Linear(2, 512, **factory), nn.ReLU(), nn.Linear(512, num_heads, bias=False, **factory)
         )
 
-    def bias(self, like: Tensor, height: int, width: int, halo: int) -> Tensor | None:
+    def bias(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor | None:
         """Return what is added to the scores, ``(heads, queries, keys)``."""
-        places = log_offsets(self.mlp[0].weight, height + halo, width + halo, self.reach)
+        places = log_offsets(self.mlp[0].weight, reach[0], reach[1], self.reach)
         table = 16.0 * torch.sigmoid(self.mlp(places)).permute(2, 0, 1)
-        return pairs(table, height, width, halo).to(like.dtype)
+        return pairs(table, span).to(like.dtype)
 
 
 @torch.fx.wrap
