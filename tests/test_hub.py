@@ -28,7 +28,7 @@ def make(seed=0, **options):
     model = timm.create_model("test_glattn", num_classes=3, **options)
     with torch.no_grad():
         for _ in range(3):
-            model.train()(torch.rand(4, 3, 64, 64))  # running statistics that are not the initial ones
+            model.train()(torch.rand(4, model.in_chans, 64, 64))  # running statistics that are not the initial ones
     return model.eval()
 
 def send(repo, seed=0, record=Record(metrics={{"top1": 91.5, "top5": 99.0}}, dataset="digits"), **options):

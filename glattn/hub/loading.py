@@ -29,7 +29,7 @@ from torch import nn
 
 from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.glattn import GLAttn
-from glattn.models.weights import WEIGHTS, check_file, checkpoint_errors, one_line
+from glattn.models.weights import WEIGHTS, check_file, checkpoint_errors, one_line, weights_file
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -60,41 +60,56 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         close = difflib.get_close_matches(model_id, timm.list_models(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown model {model_name!r}{hint}")
+    what = model_name
     with plain_errors(model_name):
         if pretrained:
-            _fetch(source, model_id, kwargs)
+            what = _fetch(source, model_id, kwargs) or what
+    with plain_errors(what):
         model = patiently(lambda: timm.create_model(model_name, pretrained, **kwargs))
     if checkpoint_path:
-        path = Path(checkpoint_path)
-        check_file(path)
-        # the path, and not the pretrained_cfg's source, is what errors and digests are about
-        cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-        cfg.update(file=str(path), source=None)
-        with plain_errors(str(path)):
-            checks = checkpoint_filter_fn if isinstance(model, GLAttn) else None
-            load_checkpoint(model, str(path), filter_fn=checks)
+        _load_exactly(model, Path(checkpoint_path))
     return model
 
 
-def _fetch(source: str | None, model_id: str, kwargs: dict[str, Any]) -> None:
-    """Bring safetensors weights to the cache before timm asks for them.
+def _load_exactly(model: nn.Module, path: Path) -> None:
+    """Fill a model from a file of its very own sizes."""
+    check_file(path)
+    checks = None
+    if isinstance(model, GLAttn):
+        # no other source, number of classes or of channels is what errors, digest and adaptation are about
+        cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        size = (model.in_chans, *cfg["input_size"][1:])
+        cfg.update(file=str(path), source=None, num_classes=model.num_classes, input_size=size)
+        checks = checkpoint_filter_fn
+    with plain_errors(str(path)):
+        load_checkpoint(model, str(path), filter_fn=checks)
+
+
+def _fetch(source: str | None, model_id: str, kwargs: dict[str, Any]) -> str | None:
+    """Check the file that timm will read, and return its name; or bring the Hub's to the cache.
 
     timm takes a Hub that does not answer for one that has no safetensors, and would go on to a pickle.
     """
-    overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    if source is None and not overlay.get("file"):
-        repo = overlay.get("hf_hub_id") or getattr(get_pretrained_cfg(model_id), "hf_hub_id", None)
-    else:
-        repo = model_id if source == "hf-hub" else None
-    if not repo or overlay.get("hf_hub_filename"):
-        return
-    name, revision = hf_split(repo)
+    cfg: dict[str, Any] = {"source": source, "file": model_id, "hf_hub_id": model_id}
+    if source is None:
+        known = get_pretrained_cfg(model_id)
+        cfg = {**(known.to_dict() if known else {}), **(kwargs.get("pretrained_cfg_overlay") or {})}
+    path, name = weights_file(cfg, kwargs.get("cache_dir"))
+    repo = cfg.get("hf_hub_id")
+    if source == "local-dir" or (source is None and cfg.get("file")):
+        if path is not None:
+            check_file(path)
+        return name
+    if not repo or cfg.get("hf_hub_filename"):
+        return None
+    repo_id, revision = hf_split(repo)
     try:
-        patiently(lambda: hf_hub_download(name, WEIGHTS, revision=revision, cache_dir=kwargs.get("cache_dir")))
+        patiently(lambda: hf_hub_download(repo_id, WEIGHTS, revision=revision, cache_dir=kwargs.get("cache_dir")))
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError:
         _logger.info("%s has no %s", repo, WEIGHTS)
+    return None
 
 
 def patiently(call: Callable[[], T], tries: int = 4) -> T:

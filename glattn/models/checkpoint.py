@@ -7,7 +7,6 @@ nothing is loaded in part, in silence.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ def checkpoint_filter_fn(
     model: nn.Module,
     *,
     features_only: bool = False,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> dict[str, Tensor]:
     """Return the checkpoint's tensors, ready for timm to adapt and load, or say in one line why they are not.
 
@@ -119,10 +118,10 @@ def _check_against(
             raise refuse(keys[0], f"is {what}")
         if keys:
             raise refuse(keys[0], f"and {len(keys) - 1} more keys are {what}")
-    for key, value in tensors.items():
-        if key in adapted:
+    for key, want in expected.items():
+        if key in adapted or key not in tensors:
             continue
-        want = expected[key]
+        value = tensors[key]
         if value.shape != want.shape:
             shapes = f"{tuple(value.shape)} in the checkpoint and {tuple(want.shape)} in the model"
             raise refuse(key, f"has shape {shapes}")

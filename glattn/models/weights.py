@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.models import resolve_pretrained_cfg
+from timm.models import load_state_dict, resolve_pretrained_cfg
 from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES, hf_split
 from torch import Tensor, nn
 
@@ -39,9 +39,8 @@ def unwrap(state_dict: Mapping[str, Any], source: str) -> dict[str, Tensor]:
         if isinstance(state_dict.get(name), Mapping):
             return unwrap(state_dict[name], source)
     tensors: dict[str, Tensor] = {}
-    wrapped = any(str(key).startswith("module.") for key in state_dict)
     for key, value in state_dict.items():
-        if wrapped and key == "n_averaged":  # torch.optim.swa_utils.AveragedModel's counter
+        if key == "n_averaged":  # torch.optim.swa_utils.AveragedModel's counter
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{source}: {key} is a {type(value).__name__}, not a tensor; give a state_dict")
@@ -64,7 +63,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
             raise ValueError(f"{source}: {key} has {bad} of {value.numel()} values that are NaN or infinite")
 
 
-def weights_file(cfg: Mapping[str, Any], cache_dir: str | os.PathLike[str] | None = None) -> tuple[Path | None, str]:
+def weights_file(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> tuple[Path | None, str]:
     """Return the file that timm takes the weights from, if it is on this disk, and its name for errors."""
     file, repo = cfg.get("file"), cfg.get("hf_hub_id")
     if cfg.get("source") == "local-dir" and file:
@@ -154,10 +153,17 @@ def check_file(path: Path) -> None:
             with safe_open(path, framework="pt"):
                 return
         with open(path, "rb") as file:
-            if file.read(2) != b"PK":
+            archived = zipfile.is_zipfile(path) or file.read(2) == b"PK"
+        try:
+            if not archived:
+                load_state_dict(str(path))
                 return
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+        except (RuntimeError, OSError):
+            raise
+        except Exception as error:  # readers raise of any kind where a file is damaged
+            raise pickle.UnpicklingError(f"{type(error).__name__} {error}") from error
         if broken is not None:
             raise zipfile.BadZipFile(f"the checksum of its {broken} is wrong")
 
@@ -190,7 +196,7 @@ def reading_checkpoint(
     pretrained: bool,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Iterator[None]:
     """Around a model's making: its weights' file is checked before, and errors of reading it name it.
 
@@ -205,7 +211,8 @@ def reading_checkpoint(
         yield
         return
     overlay = dict(pretrained_cfg_overlay or {})
-    path, source = weights_file(resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict(), cache_dir)
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict()
+    path, source = weights_file(cfg, cache_dir)
     if path is not None:
         check_file(path)
     with checkpoint_errors(source):
