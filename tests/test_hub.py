@@ -380,3 +380,63 @@ def test_the_command(hub, client, tmp_path):
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
     assert refused.stderr.startswith("glattn push: org/command: ")
+
+
+def test_transformers_reads_the_repository_with_the_same_numbers(hub, client):
+    pytest.importorskip("transformers")
+    client('send("org/wrapped")')
+    result = client("""
+        from PIL import Image
+        from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+        model = make()
+        wrapped = AutoModelForImageClassification.from_pretrained("org/wrapped").eval()
+        picture = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 60).convert("RGB")
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        with torch.inference_mode():
+            pixels = transform(picture)[None]
+            ours = model(pixels)
+            theirs = AutoImageProcessor.from_pretrained("org/wrapped")(picture, return_tensors="pt")["pixel_values"]
+            same_logits = torch.equal(wrapped(pixels).logits, ours)
+        scores = {entry["label"]: entry["score"] for entry in
+                  pipeline("image-classification", model="org/wrapped", top_k=3)(picture)}
+        expected = dict(zip(names, ours.softmax(-1)[0].tolist()))
+        result = (type(wrapped).__name__, same_logits, torch.equal(theirs, pixels), sorted(scores) == sorted(names),
+                  max(abs(scores[name] - expected[name]) for name in names) < 1e-6)
+    """)
+    assert result == ["TimmWrapperForImageClassification", True, True, True, True]
+
+
+def test_the_whole_loop_gives_the_same_accuracy_to_the_digit(hub, new_client, tmp_path):
+    pytest.importorskip("sklearn")
+    code = MAKE + textwrap.dedent("""
+        from sklearn.datasets import load_digits
+        digits = load_digits()
+        pictures = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+        pictures = torch.nn.functional.interpolate(pictures, size=32, mode="bilinear")
+        labels = torch.tensor(digits.target)
+
+        def validate(model):
+            with torch.inference_mode():
+                logits = model.eval()(pictures[1000:])
+            return float((logits.argmax(1) == labels[1000:]).float().mean()), logits.double().sum().item()
+    """)
+    trained = new_client("trainer").run(
+        code
+        + textwrap.dedent("""
+        torch.manual_seed(0)
+        model = timm.create_model("test_glattn", in_chans=1, num_classes=10, img_size=32, stem_stride=2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(60):
+            batch = torch.randint(1000, (64,))
+            loss = torch.nn.functional.cross_entropy(model.train()(pictures[batch]), labels[batch])
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+        result = validate(model)
+        push(model, "org/digits", label_names=list("0123456789"),
+             record=Record(metrics={"top1": 100 * result[0]}, dataset="digits"))
+    """)
+    )
+    assert trained[0] > 0.5  # far above chance: something was learnt that could be lost
+    pulled = new_client("validator", token=None).run(
+        code + 'result = validate(timm.create_model("hf-hub:org/digits", pretrained=True))'
+    )
+    assert pulled == trained
