@@ -32,6 +32,7 @@ class GLAttn(nn.Module):
         global_pool: Pooling before the classifier, by timm's name; ``""`` for none.
         img_size: Nominal image size in pixels, one side or (height, width): what tables are made for.
         output_stride: Largest stride, in pixels: 32, 16 or 8; stages beyond it dilate their convolutions instead.
+        stem_features: Count the stem's map at stride 2 as the first feature, for decoders that take one.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Rate at which an image skips a branch of the last block; it grows from 0 along the depth.
         device: Device of the parameters.
@@ -52,6 +53,7 @@ class GLAttn(nn.Module):
         global_pool: str = "avg",
         img_size: int | Sequence[int] = 224,
         output_stride: int = 32,
+        stem_features: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -68,6 +70,11 @@ class GLAttn(nn.Module):
         for name, value, least in (("in_chans", in_chans, 1), ("num_classes", num_classes, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}; give an integer of {least} or more")
+        if stem_features and config.stem_stride != 4:
+            raise ValueError(
+                f"stem_features=True with stem_stride={config.stem_stride}: the first stage is at stride 2 itself;"
+                " leave stem_features out"
+            )
         factory = {"device": device, "dtype": dtype}
         size = image_size(img_size)
         self.config = config
@@ -79,6 +86,10 @@ class GLAttn(nn.Module):
         )
         rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
         self.feature_info: list[dict[str, Any]] = []
+        if stem_features:
+            self.feature_info.append({"num_chs": self.stem.inner_dim, "reduction": 2, "module": "stem.act"})
+        # features in front of the stages'
+        self.num_stem_features = len(self.feature_info)
         stages, dilation, dim = [], 1, config.dims[0]
         for i in range(len(config.dims)):
             before, step = dilation, 1 if i == 0 else 2
@@ -166,7 +177,7 @@ class GLAttn(nn.Module):
         size = image_size(img_size)
         if hasattr(self.stem.pos_embed, "set_map_size"):
             self.stem.pos_embed.set_map_size(ceil_size(size, self.config.stem_stride))
-        for stage, info in zip(self.stages, self.feature_info, strict=False):
+        for stage, info in zip(self.stages, self.feature_info[self.num_stem_features :], strict=False):
             stage.set_map_size(ceil_size(size, info["reduction"]))
         update_model_input_size(self, size)
 
@@ -193,25 +204,29 @@ class GLAttn(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return stages' maps beside the last one.
+        """Return features, which are the stages' maps (see ``stem_features`` for one more), beside the last stage's.
 
         Args:
             x: Images, ``(B, in_chans, H, W)``.
-            indices: Stages to return: a list, the last n for an integer, all for None.
+            indices: Features to return: a list, the last n for an integer, all for None.
             norm: Accepted for timm's sake: no norm stands behind a stage.
-            stop_early: Leave out the stages behind the last one wanted.
+            stop_early: Leave out the stages behind the last feature wanted.
             output_fmt: ``NCHW``, the only one there is.
             intermediates_only: Return the list alone.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}; maps are returned as 'NCHW' only")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        before = self.num_stem_features
+        take_indices, max_index = feature_take_indices(before + len(self.stages), indices)
         intermediates: list[Tensor] = []
-        x = self.stem(x)
+        x = self.stem.act(self.stem.conv1(x))
+        if before > 0 and 0 in take_indices:
+            intermediates.append(x)
+        x = self.stem.pos_embed(self.stem.conv2(x))
         for i, stage in enumerate(self.stages):
-            if not stop_early or i <= max_index:
+            if not stop_early or before + i <= max_index:
                 x = stage(x)
-            if i in take_indices:
+            if before + i in take_indices:
                 intermediates.append(x)
         if intermediates_only:
             return intermediates
@@ -221,12 +236,14 @@ class GLAttn(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages behind the last one of ``indices``, and the classifier; return the indices kept."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        pruned = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
+        """Drop the stages behind the last feature of ``indices``, and the classifier; return the indices kept."""
+        before = self.num_stem_features
+        take_indices, max_index = feature_take_indices(before + len(self.stages), indices)
+        kept = max_index + 1 - before
+        pruned = kept < len(self.stages)
+        self.stages = self.stages[:kept]
         if pruned:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+            self.num_features = self.head_hidden_size = self.config.dims[max(kept - 1, 0)]
         if prune_head or pruned:
             self.reset_classifier(0, "", reset_other=True)
         return list(take_indices)
@@ -283,7 +300,10 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         variant,
         pretrained,
         model_cfg=VARIANTS[variant],
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        feature_cfg={
+            "out_indices": tuple(range(5 if kwargs.get("stem_features") else 4)),
+            "flatten_sequential": True,
+        },
         pretrained_filter_fn=partial(
             checkpoint_filter_fn, features_only=kwargs.get("features_only", False), cache_dir=kwargs.get("cache_dir")
         ),

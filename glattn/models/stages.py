@@ -20,8 +20,10 @@ def ceil_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
     return height, width
 
 
-class Stem(nn.Module):
+class Stem(nn.Sequential):
     """Two 3x3 `ConvNorm`: ``(B, in_chans, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))``.
+
+    A sequence, so that timm's feature wrappers can take the map behind ``act``, at stride 2.
 
     Args:
         in_chans: Channels of the image.
@@ -42,14 +44,11 @@ class Stem(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(in_chans, max(dim // 2, 1), kernel_size=3, stride=2, **factory)
+        self.inner_dim = max(dim // 2, 1)
+        self.conv1 = ConvNorm(in_chans, self.inner_dim, kernel_size=3, stride=2, **factory)
         self.act = create_act_layer(config.act_layer, inplace=True)
-        self.conv2 = ConvNorm(max(dim // 2, 1), dim, kernel_size=3, stride=stride // 2, **factory)
+        self.conv2 = ConvNorm(self.inner_dim, dim, kernel_size=3, stride=stride // 2, **factory)
         self.pos_embed = AbsolutePosition(dim, map_size, **factory) if config.abs_pos == "stem" else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the stem's map."""
-        return self.pos_embed(self.conv2(self.act(self.conv1(x))))
 
 
 class Stage(nn.Module):
