@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from glattn.layers.conv import ConvNorm, MultiScaleConv, num_groups
 from glattn.layers.layout import upsample
+from glattn.layers.position import at_least_two, precise
 
 torch.fx.wrap("upsample")  # torch.fx looks for wrapped functions by the file that calls them
 
@@ -22,16 +23,17 @@ torch.fx.wrap("upsample")  # torch.fx looks for wrapped functions by the file th
 @torch.fx.wrap
 def offset_embedding(table: Tensor, length: int) -> Tensor:
     """Return ``out[query, key] = table[key - query]``, ``(length, length, D)``, from a ``(2 R - 1, D)`` table."""
+    rows = 2 * at_least_two(length) - 1
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        same = table.shape[0] == 2 * length - 1
+        same = table.shape[0] == rows
     else:
         same = False
     if not same:
-        wide = table.float().t().unsqueeze(0)
-        wide = F.interpolate(wide, size=[2 * length - 1], mode="linear", align_corners=True)
+        wide = table.to(precise(table)).t().unsqueeze(0)
+        wide = F.interpolate(wide, size=[rows], mode="linear", align_corners=True)
         table = wide.squeeze(0).t().to(table.dtype)
     place = torch.arange(length, device=table.device)
-    offset = (place.unsqueeze(0) - place.unsqueeze(1) + (length - 1)).flatten()
+    offset = (place.unsqueeze(0) - place.unsqueeze(1) + rows // 2).flatten()
     return table.index_select(0, offset).reshape(length, length, -1)
 
 

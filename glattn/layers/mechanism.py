@@ -123,8 +123,12 @@ def orthogonal_features(like: Tensor, num_heads: int, features: int, head_dim: i
     """Draw ``(heads, features, head_dim)`` Gaussian vectors, orthogonal to each other in blocks of ``head_dim``."""
     blocks = (features + head_dim - 1) // head_dim
     square = torch.randn(num_heads, blocks, head_dim, head_dim, device=like.device, dtype=torch.float32)
-    directions = torch.linalg.qr(square)[0].flatten(1, 2)[:, :features]
-    lengths = torch.randn(num_heads, features, head_dim, device=like.device, dtype=torch.float32).norm(dim=-1)
+    basis, upper = torch.linalg.qr(square)
+    # the signs that LAPACK chooses depend on the rest: only with R's put right is the basis uniformly distributed
+    basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    directions = basis.flatten(1, 2)[:, :features]
+    gaussian = torch.randn(num_heads, features, head_dim, device=like.device, dtype=torch.float32)
+    lengths = torch.linalg.vector_norm(gaussian, dim=-1)
     return (directions * lengths.unsqueeze(-1)).to(precise(like))
 
 
@@ -190,7 +194,8 @@ def resize_projection(projection: Tensor, tokens: int) -> Tensor:
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         if projection.shape[1] == tokens:
             return projection
-    wide = F.interpolate(projection.float().unsqueeze(0), size=[tokens], mode="linear", align_corners=False)
+    wide = projection.to(precise(projection)).unsqueeze(0)
+    wide = F.interpolate(wide, size=[tokens], mode="linear", align_corners=False)
     return (wide.squeeze(0) * (projection.shape[1] / tokens)).to(projection.dtype)
 
 

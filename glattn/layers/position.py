@@ -44,22 +44,24 @@ class NoPosition(nn.Module):
         return None
 
 
+def at_least_two(size: int) -> int:
+    """Return ``max(size, 2)`` of a positive size, without a branch on it: it may be traced."""
+    return size + 1 // size
+
+
 @torch.fx.wrap
 def resize_table(table: Tensor, height: int, width: int) -> Tensor:
-    """Return a ``(heads, 2R - 1, 2S - 1)`` table resized to reaches ``height`` and ``width``: its centre stays."""
-    rows, columns = 2 * height - 1, 2 * width - 1
+    """Return a ``(heads, 2R - 1, 2S - 1)`` table resized to reaches ``height`` and ``width``: its centre stays.
+
+    A reach is at least 2: a single row would be resized from the table's edge.
+    """
+    rows, columns = 2 * at_least_two(height) - 1, 2 * at_least_two(width) - 1
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         if table.shape[1] == rows and table.shape[2] == columns:
             return table
-    wide = F.interpolate(table.float().unsqueeze(0), size=(rows, columns), mode="bicubic", align_corners=True)
+    wide = table.to(precise(table)).unsqueeze(0)
+    wide = F.interpolate(wide, size=(rows, columns), mode="bicubic", align_corners=True)
     return wide.squeeze(0).to(table.dtype)
-
-
-def offsets(like: Tensor, length: int, halo: int) -> Tensor:
-    """Return query minus key for each pair along an axis, ``(length * (length + 2 halo),)``."""
-    query = torch.arange(length, device=like.device)
-    key = torch.arange(length + 2 * halo, device=like.device) - halo
-    return (query.unsqueeze(1) - key.unsqueeze(0)).flatten()
 
 
 @torch.fx.wrap
@@ -69,11 +71,13 @@ def pairs(table: Tensor, span: tuple[int, int, int]) -> Tensor:
     ``table`` is ``(heads, 2 R - 1, 2 S - 1)``, its centre standing for no offset; ``span`` is (height, width, halo).
     """
     height, width, halo = span
-    rows = offsets(table, height, halo) + table.shape[1] // 2
-    columns = offsets(table, width, halo) + table.shape[2] // 2
-    out = table.index_select(1, rows).index_select(2, columns)
-    out = out.reshape(table.shape[0], height, height + 2 * halo, width, width + 2 * halo).transpose(2, 3)
-    return out.reshape(table.shape[0], height * width, (height + 2 * halo) * (width + 2 * halo))
+    rows, columns = table.shape[1], table.shape[2]
+    query = torch.arange(height * width, device=table.device).unsqueeze(1)
+    key = torch.arange((height + 2 * halo) * (width + 2 * halo), device=table.device).unsqueeze(0)
+    down = query // width - key // (width + 2 * halo) + (halo + rows // 2)
+    across = query % width - key % (width + 2 * halo) + (halo + columns // 2)
+    out = F.embedding(down * columns + across, table.flatten(1).t())
+    return out.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 class RelativeBias(NoPosition):
@@ -81,7 +85,8 @@ class RelativeBias(NoPosition):
 
     def __init__(self, num_heads: int, head_dim: int, reach: tuple[int, int], **factory: Any) -> None:
         super().__init__(num_heads, head_dim, reach)
-        self.table = nn.Parameter(torch.empty(num_heads, 2 * reach[0] - 1, 2 * reach[1] - 1, **factory))
+        rows, columns = (2 * at_least_two(size) - 1 for size in reach)
+        self.table = nn.Parameter(torch.empty(num_heads, rows, columns, **factory))
         self.reset_parameters()
 
     @torch.jit.ignore
@@ -299,7 +304,7 @@ def resize_map(table: Tensor, height: int, width: int) -> Tensor:
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         if table.shape[2] == height and table.shape[3] == width:
             return table
-    wide = F.interpolate(table.float(), size=(height, width), mode="bicubic", align_corners=False)
+    wide = F.interpolate(table.to(precise(table)), size=(height, width), mode="bicubic", align_corners=False)
     return wide.to(table.dtype)
 
 
