@@ -202,9 +202,10 @@ class Window(nn.Module):
         m, n = (height + h - 1) // h, (width + w - 1) // w
         top, left = 0, 0
         if self.shifted:
-            # 0 for one window, 1 for more, said without a branch on a size that may be traced
-            top = (h + 1) // 2 * ((2 * m - 2) // m)
-            left = (w + 1) // 2 * ((2 * n - 2) // n)
+            # 0 for one window, 1 for more, said without a branch on a size that may be traced; % as a window of one
+            # cell has no half
+            top = (h + 1) // 2 % h * ((2 * m - 2) // m)
+            left = (w + 1) // 2 % w * ((2 * n - 2) // n)
             m, n = (height + top + h - 1) // h, (width + left + w - 1) // w
         return m, h, n, w, top, left
 
