@@ -1,6 +1,6 @@
 """Every option of the family: what a block's mixer is made of, and how blocks make a network.
 
-Import from here is free of torch modules: a config is plain data that goes to JSON and back.
+A config is plain data that goes to JSON and back.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from timm.layers.create_act import _ACT_LAYER_DEFAULT
 
 NUM_STAGES = 4
 
@@ -32,12 +34,13 @@ class MixerConfig:
         layout: Which cells see which: ``full``, ``pooled``, ``window``, ``shifted``, ``grid``, ``overlap``,
             ``multi_scale`` or ``cross_shaped``.
         pool_stride: Stride of the map that ``layout="pooled"`` attends on, in cells.
-        window_sizing: Where the window size comes from: ``fixed`` (``window_size``), ``image`` (the image size
-            over ``window_ratio``), ``map`` (the map cut into ``window_ratio`` windows an axis, at run time) or
-            ``tokens`` (windows of at most ``window_tokens`` cells, at run time).
+        window_sizing: Where the window size comes from: ``fixed`` (``window_size``), ``image`` (the nominal image
+            size, rounded up to the map's stride, over ``window_ratio``), ``map`` (the map cut into
+            ``window_ratio`` windows an axis, at run time) or ``tokens`` (windows in which a query sees at most
+            ``window_tokens`` cells, at run time).
         window_size: Side of a square window (``grid``: cells an axis; ``cross_shaped``: width of a stripe).
         window_ratio: Divisor of ``window_sizing="image"`` and ``"map"``.
-        window_tokens: Bound on the cells of a window under ``window_sizing="tokens"``.
+        window_tokens: Bound on the cells that a query sees, a halo counted, under ``window_sizing="tokens"``.
         window_sizes: Window sides of ``layout="multi_scale"``, one a head group; 0 is the whole map.
         halo: Cells around a window that ``layout="overlap"`` sees too.
         position: Where a cell is: ``none``, ``bias`` (relative bias table), ``cpb`` (log-spaced continuous
@@ -153,6 +156,7 @@ class GLAttnConfig:
             raise ValueError(f"mlp_ratio={self.mlp_ratio!r}; give a positive number, or {NUM_STAGES} of them")
         object.__setattr__(self, "mlp_ratio", tuple(float(r) for r in ratios))
         check_choice("abs_pos", self.abs_pos, ("none", "stem", "stages"))
+        check_choice("act_layer", self.act_layer, _ACT_LAYER_DEFAULT)
         if self.stem_stride not in (2, 4):
             raise ValueError(
                 f"stem_stride={self.stem_stride!r} is not a stride of the stem; use 4, or 2 for small images"

@@ -102,7 +102,7 @@ class MultiHeadGlobalAttention(nn.Module):
         super().__init__()
         config = config or MixerConfig()
         self.num_heads, self.head_dim = split_heads(dim, config)
-        self.dim = dim
+        self.dim, self.stride = dim, stride
         kind = LAYOUTS[config.layout]
         image_size = (map_size[0] * stride, map_size[1] * stride)
         self.pool_stride = config.pool_stride if kind.pooled else 1
@@ -139,9 +139,12 @@ class MultiHeadGlobalAttention(nn.Module):
 
     @torch.jit.ignore
     def set_map_size(self, map_size: tuple[int, int]) -> None:
-        """Resize what was made for the nominal map size: tables of offsets, projections of tokens."""
+        """Resize what was made for the nominal map size: windows, tables of offsets, projections of tokens."""
         size = self.pooled(map_size)
         for group in self.groups:
+            for module in group.layout.modules():
+                if hasattr(module, "set_image_size"):
+                    module.set_image_size((map_size[0] * self.stride, map_size[1] * self.stride))
             if hasattr(group.position, "set_reach"):
                 group.position.set_reach(group.layout.reach(*size))
             if hasattr(group.inner_attn, "set_tokens"):

@@ -9,6 +9,7 @@ A layout is an index of the map's cells, so that a channels_last map is copied o
 the full layout. Index arithmetic is on one flat range: a traced graph then holds for any number of groups.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -94,6 +95,20 @@ class FixedSize(nn.Module):
         return self.forward(height, width)
 
 
+class ImageSize(FixedSize):
+    """Windows of the nominal image's height and width, in pixels, over ``ratio``, rounded down, in cells."""
+
+    def __init__(self, image_size: tuple[int, int], ratio: int) -> None:
+        super().__init__(1, 1)
+        self.ratio = ratio
+        self.set_image_size(image_size)
+
+    @torch.jit.ignore
+    def set_image_size(self, image_size: tuple[int, int]) -> None:
+        """Size the windows for another nominal image."""
+        self.height, self.width = (max(side // self.ratio, 1) for side in image_size)
+
+
 class CutSize(nn.Module):
     """Windows that cut each axis of the map into ``cuts`` parts: ``ceil(map / cuts)``."""
 
@@ -111,11 +126,22 @@ class CutSize(nn.Module):
 
 
 class BoundSize(nn.Module):
-    """The fewest equal windows with sides of at most ``floor(sqrt(tokens))`` cells, so of at most ``tokens`` cells."""
+    """The fewest equal windows that with their halo have sides of at most ``floor(sqrt(tokens))`` cells.
 
-    def __init__(self, tokens: int) -> None:
+    So a query never sees more than ``tokens`` cells, whatever the map.
+
+    Raises:
+        ValueError: The halo leaves no window.
+    """
+
+    def __init__(self, tokens: int, halo: int = 0) -> None:
         super().__init__()
-        self.side = int(tokens**0.5)
+        self.side = math.isqrt(tokens) - 2 * halo
+        if self.side < 1:
+            raise ValueError(
+                f"window_tokens={tokens} with halo={halo} leaves no window: a halo and one cell are"
+                f" {(2 * halo + 1) ** 2}; use more tokens or a smaller halo"
+            )
 
     def forward(self, height: int, width: int) -> tuple[int, int]:
         """Return the window's height and width on a map of this height and width."""
@@ -148,7 +174,7 @@ def _fixed(config: MixerConfig, image_size: tuple[int, int]) -> nn.Module:
 
 
 def _image(config: MixerConfig, image_size: tuple[int, int]) -> nn.Module:
-    return FixedSize(*(max(side // config.window_ratio, 1) for side in image_size))
+    return ImageSize(image_size, config.window_ratio)
 
 
 def _map(config: MixerConfig, image_size: tuple[int, int]) -> nn.Module:
@@ -156,7 +182,7 @@ def _map(config: MixerConfig, image_size: tuple[int, int]) -> nn.Module:
 
 
 def _tokens(config: MixerConfig, image_size: tuple[int, int]) -> nn.Module:
-    return BoundSize(config.window_tokens)
+    return BoundSize(config.window_tokens, config.halo if LAYOUTS[config.layout].sees_beyond else 0)
 
 
 WINDOW_SIZINGS = {"fixed": _fixed, "image": _image, "map": _map, "tokens": _tokens}
