@@ -115,21 +115,23 @@ class RelativeBias(NoPosition):
 
 
 @torch.fx.wrap
-def log_offsets(like: Tensor, height: int, width: int, reach: tuple[int, int]) -> Tensor:
+def log_offsets(like: Tensor, height: int, width: int, largest: Tensor) -> Tensor:
     """Return the offsets within a reach of ``height x width`` cells, ``(2 height - 1, 2 width - 1, 2)``.
 
-    Log-spaced as in Swin v2: ``sign(d) log2(1 + 8 |d| / largest) / 3``, ``largest`` that of the nominal ``reach``.
+    Log-spaced as in Swin v2: ``sign(d) log2(1 + 8 |d| / largest) / 3``, ``largest`` being ``(2,)`` for y and x.
     """
     rows = torch.arange(2 * height - 1, device=like.device) - (height - 1)
     columns = torch.arange(2 * width - 1, device=like.device) - (width - 1)
-    rows = rows.to(like.dtype).unsqueeze(1).expand(-1, columns.shape[0]) / max(reach[0] - 1, 1)
-    columns = columns.to(like.dtype).expand(rows.shape[0], -1) / max(reach[1] - 1, 1)
-    steps = torch.stack([rows, columns], dim=-1) * 8.0
+    rows = rows.to(like.dtype).unsqueeze(1).expand(-1, columns.shape[0])
+    columns = columns.to(like.dtype).expand(rows.shape[0], -1)
+    steps = torch.stack([rows, columns], dim=-1) * 8.0 / largest.to(like.dtype)
     return torch.sign(steps) * torch.log2(1.0 + steps.abs()) / 3.0
 
 
 class ContinuousBias(NoPosition):
     """``scores += 16 sigmoid(mlp(log-spaced offset))``: a function of the offset, so of no size (Swin v2).
+
+    The largest offset that it was made for goes with the weights: at any other size an offset means the same.
 
     Args:
         num_heads: Heads of the group.
@@ -140,13 +142,21 @@ class ContinuousBias(NoPosition):
     def __init__(self, num_heads: int, head_dim: int, reach: tuple[int, int], **factory: Any) -> None:
         super().__init__(num_heads, head_dim, reach)
         self.reach = reach
+        self.register_buffer("largest", torch.empty(2, **factory))
         self.mlp = nn.Sequential(
             nn.Linear(2, 512, **factory), nn.ReLU(), nn.Linear(512, num_heads, bias=False, **factory)
         )
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Set the largest offset to the one that the module was made for."""
+        for axis, size in enumerate(self.reach):
+            self.largest[axis] = max(size - 1, 1)
 
     def bias(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor | None:
         """Return what is added to the scores, ``(heads, queries, keys)``."""
-        places = log_offsets(self.mlp[0].weight, reach[0], reach[1], self.reach)
+        places = log_offsets(self.mlp[0].weight, reach[0], reach[1], self.largest)
         table = 16.0 * torch.sigmoid(self.mlp(places)).permute(2, 0, 1)
         return pairs(table, span).to(like.dtype)
 
