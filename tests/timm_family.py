@@ -1,4 +1,4 @@
-"""Pytest plugin that turns timm's own test-suite on this family: its model lists name our models, and nothing else runs."""
+"""Pytest plugin that turns timm's own test-suite on this family: its lists name our models, and nothing else runs."""
 
 import fnmatch
 import os
@@ -31,5 +31,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     """Know timm's markers without its configuration file."""
-    for name in ("base", "cfg", "cfg_nonstd", "forward", "backward", "torchscript", "features", "fxforward", "fxbackward"):
+    for name in (
+        "base",
+        "cfg",
+        "cfg_nonstd",
+        "forward",
+        "backward",
+        "torchscript",
+        "features",
+        "fxforward",
+        "fxbackward",
+    ):
         config.addinivalue_line("markers", name)

@@ -1,0 +1,347 @@
+"""The backbone: sizes, any input, folding, initialisation, timm's habits."""
+
+import copy
+import itertools
+
+import pytest
+import timm
+import torch
+from models import SIZES, VARIANTS, randomize, relative, scripted
+from timm.layers import set_fused_attn
+from timm.models._manipulate import reinit_non_persistent_buffers
+from timm.utils import AttentionExtract, reparameterize_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import glattn
+from glattn.layers import GlobalLocalAttention, ImprovedLocalAttention, MultiHeadGlobalAttention
+
+# millions of parameters and GMACs at 224: ConvNeXt's of the same name
+TARGETS = {
+    "glattn_atto": (3.7, 0.55),
+    "glattn_pico": (9.0, 1.4),
+    "glattn_nano": (15.0, 2.5),
+    "glattn_tiny": (28.0, 4.5),
+    "glattn_small": (50.0, 8.7),
+    "glattn_base": (89.0, 15.4),
+    "glattn_large": (198.0, 34.4),
+}
+# one model for each mechanism that behaves differently when sizes change
+KINDS = {
+    "default": {},
+    "window": {"layout": "window", "window_size": 3, "position": "bias"},
+    "shifted": {"layout": "shifted", "window_sizing": "tokens", "window_tokens": 9, "position": "rope"},
+    "grid": {"layout": "grid", "window_size": 3, "mechanism": "linformer"},
+    "linear": {"layout": "full", "mechanism": "relu_linear", "abs_pos": "stem"},
+    "performer": {"layout": "overlap", "mechanism": "performer", "window_size": 3},
+    "reformer": {"layout": "multi_scale", "mechanism": "reformer", "window_sizes": (3, 0), "head_dim": 4},
+    "augmented": {"local": "augmented", "fusion": "concat", "context": "gc", "abs_pos": "stages"},
+    "gated": {"fusion": "gated", "cross_window": "strip", "position": "cpb"},
+}
+
+
+class Copies(TorchDispatchMode):
+    """Record the copies that are made of maps and tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            self.seen.append((func, args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=KINDS)
+def small(request):
+    return randomize(timm.create_model("test_glattn", num_classes=5, img_size=64, **KINDS[request.param]))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_convnexts(name):
+    model = timm.create_model(name, device="meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    parameters, gmacs = TARGETS[name]
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, rel=0.1)
+    assert counter.get_total_flops() / 2e9 <= gmacs
+
+
+def test_the_test_model_is_small():
+    assert sum(p.numel() for p in timm.create_model("test_glattn").parameters()) < 500_000
+    assert set(TARGETS) == set(SIZES)
+
+
+def test_the_registry_lists_exactly_the_family():
+    assert timm.list_models(module="glattn") == sorted(glattn.models.variants.VARIANTS)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (97, 64), (131, 259)])
+def test_any_size_and_no_neighbour_matters(small, size):
+    x = torch.randn(3, 3, *size)
+    with torch.no_grad():
+        together = small(x)
+        alone = torch.cat([small(image[None]) for image in x])
+    assert together.shape == (3, 5)
+    assert relative(alone, together) < 1e-4
+    poisoned = x.clone()
+    poisoned[1] = float("nan")
+    with torch.no_grad():
+        assert torch.equal(small(poisoned)[[0, 2]], together[[0, 2]])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_smallest_image_trains_at_any_batch(small, batch):
+    small.train()
+    small(torch.randn(batch, 3, 32, 32)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in small.parameters())
+    assert all(torch.isfinite(b).all() for b in small.buffers())
+
+
+@pytest.mark.parametrize("in_chans", [1, 4, 12])
+def test_channels(in_chans):
+    assert timm.create_model("test_glattn", in_chans=in_chans)(torch.randn(2, in_chans, 64, 64)).shape == (2, 1000)
+
+
+def test_types_and_autocast(small):
+    x = torch.randn(2, 3, 75, 64)
+    with torch.no_grad():
+        expected = small(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = small(x)
+        half = small.to(torch.bfloat16)(x.bfloat16())
+    assert mixed.dtype == half.dtype == torch.bfloat16
+    assert relative(mixed.float(), expected) < 0.1
+    assert relative(half.float(), expected) < 0.1
+
+
+def test_folding_leaves_plain_convolutions(small):
+    small = small.double()
+    x = torch.randn(2, 3, 75, 101, dtype=torch.float64)
+    with torch.no_grad():
+        expected = small(x)
+        folded = reparameterize_model(small)
+        assert relative(folded(x), expected) < 1e-10
+        assert torch.equal(reparameterize_model(folded)(x), folded(x))
+        assert relative(folded.float()(x.float()).double(), expected) < 1e-4
+    kinds = {type(m).__name__ for m in folded.modules()}
+    assert not kinds & {"BatchNorm2d", "ConvNorm", "MultiScaleConv", "LayerScale2d", "ConvPosition"}
+
+
+def test_folding_in_steps_is_the_same():
+    model = randomize(timm.create_model("test_glattn")).double()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        for block in itertools.chain.from_iterable(stage.blocks for stage in model.stages):
+            reparameterize_model(block.mixer, inplace=True)
+        assert relative(reparameterize_model(model)(x), expected) < 1e-10
+
+
+def test_folding_a_model_in_training_is_refused():
+    with pytest.raises(RuntimeError, match="eval"):
+        reparameterize_model(timm.create_model("test_glattn").train())
+
+
+def test_the_folded_default_is_one_attention_call_a_block(monkeypatch):
+    model = reparameterize_model(timm.create_model("test_glattn").eval())
+    calls = []
+    attention = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k)
+    )
+    model(torch.randn(1, 3, 64, 64))
+    assert len(calls) == sum(model.config.depths)
+    left = {type(m).__name__ for m in model.modules() if not list(m.children())}
+    assert left <= {
+        "AdaptiveAvgPool2d", "Conv2d", "Dropout", "FastAdaptiveAvgPool", "Flatten", "Full", "Hardswish", "Identity",
+        "Linear", "NoExchange", "NoPosition", "ReLU", "Sigmoid", "SumFusion",
+    }  # fmt: skip
+
+
+def test_memory_format_is_kept_and_nothing_is_copied():
+    model = timm.create_model("test_glattn").eval().to(memory_format=torch.channels_last)
+    model = reparameterize_model(model)
+    x = torch.randn(2, 3, 75, 96).to(memory_format=torch.channels_last)
+    with torch.no_grad(), Copies() as copies:
+        for features in model.forward_intermediates(x)[1]:
+            assert features.is_contiguous(memory_format=torch.channels_last)
+    assert not copies.seen
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_scripted_and_traced_give_the_same_numbers(name):
+    if name not in ("test_glattn", "glattn_atto") and not name.startswith("glattn_tiny_"):
+        pytest.skip("one default size and every mechanism; the others run timm's suite")
+    model = randomize(timm.create_model(name, num_classes=3, depths=(1, 1, 1, 1)))
+    x, y = torch.randn(2, 3, 64, 64), torch.randn(1, 3, 97, 70)
+    for net in (model, reparameterize_model(model)):
+        with torch.no_grad():
+            script, graph = scripted(net), torch.fx.symbolic_trace(net)
+            for image in (x, y):
+                assert relative(script(image), net(image)) < 1e-5
+                assert relative(graph(image), net(image)) < 1e-5
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fold", [False, True])
+def test_exported_programs_take_any_batch_and_size(kind, fold):
+    model = randomize(timm.create_model("test_glattn", num_classes=5, img_size=64, **KINDS[kind]))
+    model = reparameterize_model(model) if fold else model
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 224, 256),), dynamic_shapes={"x": {0: dynamic, 2: dynamic, 3: dynamic}}
+    ).module()
+    for shape in ((1, 3, 224, 224), (3, 3, 193, 321), (2, 3, 288, 225)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert relative(program(x), model(x)) < 1e-4
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_models_are_one_graph(kind):
+    torch._dynamo.reset()
+    model = randomize(timm.create_model("test_glattn", num_classes=5, img_size=64, **KINDS[kind]))
+    for net in (model, reparameterize_model(model)):
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        for size in ((64, 64), (75, 97), (128, 96)):
+            x = torch.randn(2, 3, *size)
+            with torch.no_grad():
+                assert relative(compiled(x), net(x)) < 1e-4
+
+
+@pytest.mark.compile
+def test_inductor_gives_the_same_numbers():
+    torch._dynamo.reset()
+    model = reparameterize_model(randomize(timm.create_model("test_glattn", num_classes=5)))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative(torch.compile(model, fullgraph=True)(x), model(x)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_from_meta_equals_one_made_directly(kind):
+    options = KINDS[kind]
+    torch.manual_seed(3)
+    direct = timm.create_model("test_glattn", **options)
+    meta = timm.create_model("test_glattn", device="meta", **options).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in itertools.chain(meta.parameters(), meta.buffers()):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+    filled = copy.deepcopy(meta)
+    filled.load_state_dict(direct.state_dict())
+    reinit_non_persistent_buffers(filled)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(filled.eval()(x), direct.eval()(x))
+    torch.manual_seed(5)
+    direct.init_weights()
+    torch.manual_seed(5)
+    meta.init_weights()
+    for (name, a), b in zip(direct.state_dict().items(), meta.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("feature_cls", [None, "list", "dict", "hook", "getter", "fx"])
+def test_feature_wrappers_see_the_same_network(feature_cls):
+    options = {"abs_pos": "stem", "num_classes": 5}
+    torch.manual_seed(0)
+    model = timm.create_model("test_glattn", **options).eval()
+    kwargs = {} if feature_cls is None else {"feature_cls": feature_cls}
+    torch.manual_seed(0)  # the same weights again
+    wrapper = timm.create_model("test_glattn", features_only=True, **options, **kwargs).eval()
+    x = torch.randn(2, 3, 75, 97)
+    out = wrapper(x)
+    out = list(out.values()) if isinstance(out, dict) else out
+    for mine, theirs in zip(model.forward_intermediates(x, intermediates_only=True), out, strict=True):
+        torch.testing.assert_close(theirs, mine)
+    assert wrapper.feature_info.reduction() == [4, 8, 16, 32]
+    assert wrapper.feature_info.channels() == list(model.config.dims)
+
+
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_output_stride_dilates(output_stride):
+    model = timm.create_model("test_glattn", output_stride=output_stride, features_only=True).eval()
+    for info, out in zip(model.feature_info, model(torch.randn(1, 3, 96, 160)), strict=True):
+        assert info["reduction"] <= output_stride
+        assert out.shape[2:] == (96 // info["reduction"], 160 // info["reduction"])
+
+
+@pytest.mark.parametrize("method", ["fx", "hook"])
+def test_attention_maps_are_extracted(method):
+    set_fused_attn(False)
+    try:
+        model = timm.create_model("test_glattn", layout="full").eval()
+    finally:
+        set_fused_attn(True)
+    maps = AttentionExtract(model, method=method)(torch.randn(2, 3, 64, 64))
+    assert len(maps) == sum(model.config.depths)
+    for attention in maps.values():
+        torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention.sum(-1)))
+
+
+def test_a_size_can_be_set_and_left():
+    model = timm.create_model("test_glattn", layout="full", position="bias", abs_pos="stem", img_size=64).eval()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(1, 3, 96, 128)
+    at_run_time = model(x)
+    model.set_input_size((96, 128))
+    torch.testing.assert_close(model(x), at_run_time)  # the same interpolation, once instead of each time
+    assert model.state_dict()["stem.pos_embed.table"].shape[2:] == (24, 32)
+    model.set_input_size(64)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in before.items()}
+
+
+def test_grad_checkpointing_gives_the_same_gradients(small):
+    small.train()
+    other = copy.deepcopy(small)
+    other.set_grad_checkpointing()
+    x = torch.randn(2, 3, 64, 64)
+    for model in (small, other):
+        torch.manual_seed(1)
+        model(x).square().mean().backward()
+    for (name, a), b in zip(small.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, msg=name)
+
+
+@pytest.mark.parametrize("part", [ImprovedLocalAttention, MultiHeadGlobalAttention, GlobalLocalAttention])
+def test_parts_stand_alone(part):
+    x = torch.randn(2, 64, 13, 9)
+    assert part(64)(x).shape == x.shape
+
+
+def test_the_mixer_by_hand():
+    """Local branch, global branch and fusion from the module's weights, in loops over heads."""
+    mixer = (
+        randomize(timm.create_model("test_glattn", layout="full", position="none")).stages[2].blocks[0].mixer.double()
+    )
+    x = torch.randn(2, 32, 7, 5, dtype=torch.float64)
+
+    def norm(y, bn):
+        scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+        return (y - bn.running_mean[:, None, None]) * scale[:, None, None] + bn.bias[:, None, None]
+
+    local = sum(
+        norm(nn.functional.conv2d(x, b.conv.weight, padding=b.conv.weight.shape[-1] // 2, groups=32), b.bn)
+        for b in mixer.local.conv.branches
+    )
+    gate = local.mean((2, 3), keepdim=True)
+    gate = nn.functional.conv2d(gate, mixer.local.gate.fc1.weight, mixer.local.gate.fc1.bias).relu()
+    gate = nn.functional.conv2d(gate, mixer.local.gate.fc2.weight, mixer.local.gate.fc2.bias).sigmoid()
+    local = local * gate
+
+    attn = mixer.attn
+    qkv = norm(nn.functional.conv2d(x, attn.qkv.conv.weight), attn.qkv.bn).flatten(2)
+    q, k, v = qkv.split(32, dim=1)
+    heads = []
+    for h in range(attn.num_heads):
+        part = slice(h * attn.head_dim, (h + 1) * attn.head_dim)
+        scores = torch.einsum("bcn,bcm->bnm", q[:, part], k[:, part]) / attn.head_dim**0.5
+        heads.append(torch.einsum("bnm,bcm->bcn", scores.softmax(-1), v[:, part]))
+    globe = torch.cat(heads, dim=1).reshape(2, 32, 7, 5)
+
+    expected = norm(nn.functional.conv2d(local + globe, mixer.proj.conv.weight), mixer.proj.bn)
+    torch.testing.assert_close(mixer(x), expected)

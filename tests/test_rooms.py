@@ -1,0 +1,34 @@
+"""Import directions: layers -> models -> hub and heads; training sees timm alone."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import glattn
+
+PACKAGE = Path(glattn.__file__).parent
+MAY_IMPORT = {
+    "config.py": {"config", "layers"},  # layers for their tables, inside a function
+    "layers": {"config", "layers"},
+    "models": {"config", "layers", "models"},
+    "heads": {"config", "layers", "models", "heads"},
+    "hub": {"config", "models", "hub", ""},
+    "training": {"training", "config", "hub", ""},
+}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms_import_only_what_they_may(room):
+    path = PACKAGE / room
+    files = [path] if path.suffix else sorted(path.rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import"
+                names = [node.module or ""]
+            for name in names:
+                if name.split(".")[0] == "glattn":
+                    assert [*name.split("."), ""][1] in MAY_IMPORT[room], f"{file} imports {name}"
