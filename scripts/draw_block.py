@@ -1,6 +1,7 @@
 """Draw docs/block.png: the idea of the block in one picture."""
 
 import argparse
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -28,7 +29,7 @@ def box(axes: plt.Axes, x: float, y: float, text: str, colour: str, width: float
 
 
 def arrow(axes: plt.Axes, *points: tuple[float, float]) -> None:
-    for (x0, y0), (x1, y1) in zip(points, points[1:-1], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points[:-1]):
         axes.plot([x0, x1], [y0, y1], color="#555", lw=1.2, solid_capstyle="round")
     (x0, y0), (x1, y1) = points[-2:]
     axes.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "-|>", "color": "#555", "lw": 1.2})
