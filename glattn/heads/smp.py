@@ -1,0 +1,62 @@
+"""Encoders for segmentation_models_pytorch that have a map at stride 2, for its U-shaped decoders.
+
+Its own ``tu-glattn_*`` encoders need nothing from here; they hand decoders a map of no channels at stride 2.
+"""
+
+from typing import Any
+
+import timm
+from segmentation_models_pytorch.encoders import encoders
+from segmentation_models_pytorch.encoders._base import EncoderMixin
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+
+
+class StemEncoder(nn.Module, EncoderMixin):
+    """``(B, in_chans, H, W) -> [the image, maps at strides 2, 4, 8, 16, 32]``, cut to ``depth`` maps.
+
+    Args:
+        name: Name of the model, by timm.
+        depth: Maps beside the image, 1 to 5.
+        output_stride: Largest stride, in pixels: 32, 16 or 8.
+        kwargs: Keywords of ``timm.create_model``.
+    """
+
+    def __init__(self, name: str, *, depth: int = 5, output_stride: int = 32, **kwargs: Any) -> None:
+        super().__init__()
+        if not 1 <= depth <= 5:
+            raise ValueError(f"depth={depth}; give 1 to 5 maps")
+        self.model = timm.create_model(
+            name,
+            features_only=True,
+            stem_features=True,
+            output_stride=output_stride,
+            out_indices=range(depth),
+            **kwargs,
+        )
+        info: FeatureInfo = self.model.feature_info  # type: ignore[assignment]
+        self._in_channels = kwargs.get("in_chans", 3)
+        self._out_channels = [self._in_channels, *info.channels()]
+        self._depth, self._output_stride = depth, output_stride
+
+    def make_dilated(self, output_stride: int) -> None:
+        """Do nothing: the model was made with its output stride."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the image and the maps."""
+        return [x, *self.model(x)]
+
+
+def stem_encoder(name: str, **kwargs: Any) -> str:
+    """Make a model an encoder of segmentation_models_pytorch; return the name under which its decoders find it.
+
+        smp.UnetPlusPlus(stem_encoder("glattn_small", pretrained=True), encoder_weights=None, classes=3)
+
+    Args:
+        name: Name of the model, such as ``glattn_small``.
+        kwargs: Keywords of ``timm.create_model``: ``pretrained``, ``drop_path_rate`` and so on. ``in_chans``,
+            depth and stride are the decoder's to say.
+    """
+    encoder = f"{name}+stem"
+    encoders[encoder] = {"encoder": StemEncoder, "pretrained_settings": {}, "params": {"name": name, **kwargs}}
+    return encoder
