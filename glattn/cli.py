@@ -9,6 +9,12 @@ from collections.abc import Sequence
 
 # subcommand -> (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("glattn.training.command", "Train or fine-tune a model on a folder of images."),
+    "check-data": ("glattn.training.check", "Find what is wrong with a folder of images."),
+    "predict": ("glattn.training.predict", "Name what is in images, and draw what the model looked at."),
+    "validate": ("glattn.training.validate", "Measure a checkpoint on a folder of images: accuracy, loss, ECE, speed."),
+    "list": ("glattn.listing", "List the family: parameters, GMACs, size and weights."),
+    "export": ("glattn.export", "Export a model as ONNX, torch.export or OpenVINO, checked on the spot."),
     "push": ("glattn.hub.command", "Publish a trained model on the Hugging Face Hub."),
 }
 
