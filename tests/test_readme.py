@@ -1,0 +1,51 @@
+"""README: its code runs, its commands exist, its tables are what the models say."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from glattn.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "scripts"))
+import make_tables  # noqa: E402
+
+
+def test_its_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_its_tables_are_generated():
+    filled = make_tables.fill(README, "sizes", make_tables.sizes())
+    filled = make_tables.fill(filled, "variants", make_tables.variants())
+    assert filled == README, "run `make tables`"
+
+
+def test_its_commands_exist():
+    commands = [shlex.split(line.split("#")[0]) for line in README.splitlines() if line.startswith("    ")]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        if command[0] == "make":
+            assert command[1] in targets
+        else:
+            assert command[0].endswith("glattn")
+            assert command[1] in COMMANDS
+
+
+def test_its_links_and_pictures_are_there():
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_say_what_they_do(script):
+    assert script.read_text().startswith('"""')
