@@ -1,0 +1,205 @@
+"""The model, the task and the optimiser that a configuration describes."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.data import Mixup, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from timm.loss import create_classification_loss
+from timm.models import load_state_dict
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TrainingTask
+from torch import nn
+
+import glattn  # noqa: F401  (registers the family)
+from glattn.training.config import TrainConfig
+
+
+def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """Create the model of a run, with its starting weights and what is frozen of it.
+
+    Raises:
+        ValueError: The model or one of its options is unknown, or the weights are of another model.
+    """
+    arguments = dict(config.model_args)
+    if config.drop_path_rate:
+        arguments["drop_path_rate"] = config.drop_path_rate
+    model = create(
+        config.model, pretrained=config.pretrained, num_classes=num_classes, drop_rate=config.drop_rate, **arguments
+    )
+    size = config.image_size
+    if size and model.pretrained_cfg.get("fixed_input_size") and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(size, size))
+    if config.checkpoint:
+        load_weights(model, config.checkpoint)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    _freeze(model, config.freeze)
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def create(name: str, **arguments: Any) -> Any:
+    """Create a model by timm, with errors of one line."""
+    if ":" not in name and not timm.is_model(name.partition(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    try:
+        return timm.create_model(name, **arguments)
+    except (RuntimeError, TypeError, AssertionError, KeyError) as error:
+        raise ValueError(f"model {name!r}: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Fill a model from a file; only a classifier of other sizes is left as it is."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path!r}")
+    try:
+        weights = dict(load_state_dict(path, device="cpu", weights_only=True))
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
+    own = model.state_dict()
+    classifier = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    for name in [n for n, value in weights.items() if n in own and n.startswith(heads) and value.shape != own[n].shape]:
+        del weights[name]
+    missing = sorted(n for n in own.keys() - weights.keys() if not n.startswith(heads) and "num_batches" not in n)
+    unknown = sorted(weights.keys() - own.keys())
+    other = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
+    for what, names in (("lacks", missing), ("has unknown", unknown), ("has of another size", other)):
+        if names:
+            raise ValueError(f"{path} is of another model: it {what} {names[0]!r} ({len(names)} in all)")
+    model.load_state_dict(weights, strict=False)
+
+
+def _freeze(model: Any, what: str) -> None:
+    if what == "none":
+        return
+    if what == "backbone":
+        model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
+        return
+    if not hasattr(model, "stages") or not hasattr(model, "stem"):
+        raise ValueError(f"freeze={what}: {type(model).__name__} has no stem and stages; backbone works with any model")
+    model.stem.requires_grad_(False)
+    for stage in model.stages[: 1 if what == "stem" else len(model.stages) - 1]:
+        stage.requires_grad_(False)
+
+
+def frozen_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules without a trainable parameter: their BatchNorm statistics must not move either."""
+    return [
+        module
+        for module in model.modules()
+        if any(True for _ in module.parameters()) and not any(p.requires_grad for p in module.parameters())
+    ]
+
+
+def build_task(config: TrainConfig, model: nn.Module, counts: np.ndarray, device: torch.device) -> TrainingTask:
+    """Create timm's task: classification, or distillation from a teacher."""
+    weight = None
+    if config.class_weights == "balanced":
+        weight = torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
+    mixed = config.mixup > 0 or config.cutmix > 0
+    smoothing = 0.0 if mixed else config.label_smoothing  # Mixup smooths the targets that it makes
+    if config.loss == "bce":
+        criterion = create_classification_loss("bce", smoothing=smoothing, soft_targets=mixed, class_weight=weight)
+    else:
+        criterion = nn.CrossEntropyLoss(weight, label_smoothing=smoothing)
+    if not config.teacher:
+        return ClassificationTask(model, criterion, device=device, verbose=False)
+    if config.teacher_checkpoint:
+        teacher = create(config.teacher, num_classes=len(counts))
+        load_weights(teacher, config.teacher_checkpoint)
+    else:
+        teacher = create(config.teacher, pretrained=True, num_classes=len(counts))
+    options: dict[str, Any] = {
+        "criterion": criterion,
+        "distill_loss_weight": config.distill_weight,
+        "task_loss_weight": 1 - config.distill_weight,
+        "device": device,
+        "verbose": False,
+    }
+    teacher = teacher.to(device)
+    if config.distill == "features":
+        return FeatureDistillationTask(model, teacher, **options)
+    return LogitDistillationTask(model, teacher, temperature=config.distill_temperature, **options)
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module, task: TrainingTask) -> torch.optim.Optimizer:
+    """Create timm's optimiser over what is trained of the model, and over the task's own parameters."""
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            **config.optimizer_args,
+        )
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ValueError(f"optimizer={config.optimizer!r}: {' '.join(str(error).split())}") from None
+    known = {id(p) for p in model.parameters()}
+    trained: Any = task.get_trainable_module()  # the model, and a distillation's projections
+    own = [p for p in trained.parameters() if p.requires_grad and id(p) not in known]
+    if own:
+        optimizer.add_param_group({"params": own, "lr": config.lr, "weight_decay": 0.0})
+    return optimizer
+
+
+def data_config_of(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
+    """Return timm's data configuration: size, normalisation, resize filter and crop of validation."""
+    arguments: dict[str, Any] = {"interpolation": config.interpolation or None, "crop_pct": config.crop_pct}
+    if config.image_size:
+        arguments["input_size"] = (3, config.image_size, config.image_size)
+    resolved: dict[str, Any] = resolve_data_config(arguments, model=model)
+    if resolved["input_size"][0] != 3:
+        raise ValueError(f"the model takes {resolved['input_size'][0]} channels; training reads RGB images")
+    return resolved
+
+
+def augmentation_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the keywords of `timm.data.create_transform` for training."""
+    return {
+        "is_training": True,
+        "scale": (config.crop_scale, 1.0),
+        "ratio": (config.crop_ratio, 1 / config.crop_ratio),
+        "hflip": config.hflip,
+        "vflip": config.vflip,
+        "color_jitter": config.color_jitter or None,
+        "auto_augment": config.auto_augment or None,
+    }
+
+
+class BatchAugment:
+    """What is done to a whole batch on its device: random erasing, mixup, cutmix."""
+
+    def __init__(self, config: TrainConfig, num_classes: int, device: torch.device) -> None:
+        self.erase = RandomErasing(config.random_erase, mode="pixel", device=device) if config.random_erase else None
+        self.off_epoch = config.mixup_off_epoch
+        self.mixup = None
+        if config.mixup > 0 or config.cutmix > 0:
+            self.mixup = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                prob=config.mixup_prob,
+                label_smoothing=config.label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the augmented images and their targets: classes, or one distribution an image when mixing."""
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mixup is None:
+            return images, targets
+        self.mixup.mixup_enabled = self.off_epoch is None or epoch < self.off_epoch
+        if len(images) % 2:  # an odd one out is mixed with none
+            mixed, soft = self(torch.cat([images, images[-1:]]), torch.cat([targets, targets[-1:]]), epoch)
+            return mixed[:-1], soft[:-1]
+        return self.mixup(images, targets)

@@ -1,0 +1,47 @@
+"""``glattn train``: train or fine-tune a model on a folder of images."""
+
+from __future__ import annotations
+
+import argparse
+
+from glattn.training.config import TrainConfig, help_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments; every key of the configuration is one, as key=value."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = help_text()
+    parser.add_argument("--config", metavar="FILE", help="a YAML recipe, see configs/")
+    for name, text in (
+        ("data", "folder with train/ and val/, or with one folder a class"),
+        ("model", "timm model name"),
+        ("run", "run folder"),
+        ("epochs", "passes over the training images"),
+        ("resume", "auto: go on with the run folder's last good checkpoint"),
+    ):
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=f"{text} (short for {name}=...)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration, listed below")
+
+
+def resolve(args: argparse.Namespace) -> TrainConfig:
+    """Return the configuration that the arguments ask for."""
+    given = [f"{name}={getattr(args, name)}" for name in ("data", "model", "run", "epochs", "resume")
+             if getattr(args, name) is not None]  # fmt: skip
+    return TrainConfig.read(args.config, [*given, *args.overrides])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train."""
+    config = resolve(args)
+    if not config.data and not config.dataset:
+        raise ValueError("no images given: --data FOLDER, with train/CLASS/*.png and val/CLASS/*.png")
+    from torch import distributed
+
+    from glattn.training.loop import train
+
+    try:
+        train(config)
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+    return 0

@@ -1,0 +1,242 @@
+"""`TrainConfig`: every option of a training run, from a YAML recipe and ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+def option(default: Any, text: str) -> Any:
+    """Declare one option: its default and what it means, with its unit."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every option of a training run; validated when made, and saved whole in the run folder."""
+
+    # data
+    data: str = option("", "folder with train/ and val/, or with one folder a class; or the source's root")
+    dataset: str = option(
+        "",
+        "empty: an image folder or a .tar; digits: scikit-learn's, written to the folder data where it is not there; "
+        "or a timm dataset name (hfds/NAME, torch/cifar10, ...)",
+    )
+    train_split: str = option("train", "name of the training split")
+    val_split: str = option("validation", "name of the validation split (a folder val/ or validation/)")
+    val_fraction: float = option(0.2, "share held out, stratified and seeded, where there is no validation split")
+    bad_images: Literal["skip", "refuse"] = option(
+        "skip", "unreadable images: skip (counted and listed) or refuse (all are read before training starts)"
+    )
+    workers: int = option(2, "processes that load images, for each training process")
+
+    # model
+    model: str = option("glattn_atto", "timm model name, hf-hub:ORG/NAME or local-dir:PATH")
+    pretrained: bool = option(False, "start from the model's pretrained weights")
+    checkpoint: str = option("", "file of weights to start from (the classifier is replaced where it does not fit)")
+    model_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "further keywords of timm.create_model, e.g. model_args.head_dim=32"}
+    )
+    image_size: int | None = option(None, "side of the training and validation images, pixels; null: the model's")
+    drop_rate: float = option(0.0, "dropout before the classifier, probability")
+    drop_path_rate: float = option(0.0, "stochastic depth of the last block, probability")
+    freeze: Literal["none", "stem", "stages", "backbone"] = option(
+        "none", "what is not trained: stem (stem and first stage), stages (all but the last stage), "
+        "backbone (linear probe)"
+    )  # fmt: skip
+    grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    channels_last: bool = option(True, "NHWC memory")
+    compile: bool = option(False, "torch.compile the model")
+
+    # optimisation
+    optimizer: str = option("adamw", "timm optimiser name")
+    optimizer_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "further keywords of the optimiser, e.g. optimizer_args.eps=1e-6"}
+    )
+    lr: float = option(1e-3, "peak learning rate, for the global batch")
+    min_lr: float = option(1e-6, "last learning rate")
+    warmup_lr: float = option(1e-6, "first learning rate")
+    warmup_epochs: float = option(1, "linear warm-up, epochs")
+    schedule: str = option("cosine", "timm scheduler name: cosine, poly, wsd, step, constant, ...")
+    epochs: int = option(30, "passes over the training images")
+    batch_size: int = option(64, "global batch of one optimiser step, images over all processes and accumulation")
+    accumulate: int = option(1, "parts that each process's share of a batch is computed in, to fit memory")
+    weight_decay: float = option(0.05, "decoupled weight decay (none on norms and biases)")
+    layer_decay: float | None = option(None, "factor on the learning rate from each layer to the one before; null: 1")
+    clip_grad: float | None = option(1.0, "largest norm of the gradient; null: any")
+    label_smoothing: float = option(0.1, "share of the target spread over all classes")
+    loss: Literal["cross_entropy", "bce"] = option("cross_entropy", "classification loss")
+    class_weights: Literal["none", "balanced"] = option("none", "balanced: weigh classes by 1 / number of images")
+
+    # augmentation
+    auto_augment: str = option("", "timm policy, e.g. rand-m9-mstd0.5-inc1; empty: none")
+    crop_scale: float = option(0.08, "smallest share of the area that a random crop keeps")
+    crop_ratio: float = option(0.75, "narrowest aspect ratio of a random crop (widest: its inverse)")
+    hflip: float = option(0.5, "horizontal flip, probability")
+    vflip: float = option(0.0, "vertical flip, probability")
+    color_jitter: float = option(0.0, "jitter of brightness, contrast and saturation, factor (off with auto_augment)")
+    random_erase: float = option(0.0, "random erasing, probability")
+    mixup: float = option(0.0, "mixup alpha; 0: off")
+    cutmix: float = option(0.0, "cutmix alpha; 0: off")
+    mixup_prob: float = option(1.0, "probability that a batch is mixed")
+    mixup_off_epoch: int | None = option(None, "epoch from which batches are no longer mixed; null: never")
+    interpolation: str = option("", "resize filter: bilinear, bicubic, ...; empty: the model's")
+    crop_pct: float | None = option(None, "share of the resized image's side that validation sees; null: the model's")
+
+    # averaging and distillation
+    ema_decay: float = option(0.0, "decay a step of the averaged weights, which are then validated and saved; 0: off")
+    ema_warmup: bool = option(True, "let the decay grow from 0")
+    teacher: str = option("", "timm model to distil from; empty: none")
+    teacher_checkpoint: str = option("", "the teacher's weights; empty: its pretrained ones")
+    distill: Literal["logits", "features"] = option("logits", "what of the teacher is matched")
+    distill_weight: float = option(0.5, "share of the distillation loss in the whole")
+    distill_temperature: float = option(1.0, "softmax temperature of logit distillation")
+
+    # the run
+    run: str = option("", "run folder; empty: runs/MODEL-DATA")
+    seed: int = option(0, "seed of weights, order, augmentation and split")
+    precision: Literal["no", "bf16", "fp16"] = option("no", "mixed precision; no: fp32")
+    device: Literal["auto", "cpu"] = option("auto", "cpu: leave an accelerator unused")
+    deterministic: bool = option(False, "also on GPUs, only algorithms that repeat to the bit (slower)")
+    resume: str = option("", "auto: go on from the run folder's last good checkpoint, if any; empty: start anew")
+    keep: int = option(2, "training checkpoints kept")
+    checkpoint_minutes: float = option(15.0, "time between checkpoints within an epoch, minutes (one ends each epoch)")
+    early_stop: int | None = option(None, "epochs without a better top-1 before stopping; null: never")
+    tracker: str = option("auto", "accelerate tracker (tensorboard, wandb, ...), none; auto: tensorboard if installed")
+
+    def __post_init__(self) -> None:
+        """Refuse ill-typed and impossible values, naming the key."""
+        hints = get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            value = _convert(item.name, getattr(self, item.name), hints[item.name])
+            object.__setattr__(self, item.name, value)
+        for names, low, high in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not low <= value <= high:
+                    raise ValueError(f"{name}={value} is out of range: allowed is {low:g} to {high:g}")
+        if self.resume not in ("", "auto"):
+            raise ValueError(f"resume={self.resume!r}: allowed is 'auto' or nothing")
+
+    @classmethod
+    def read(cls, recipe: str | Path | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
+        """Read a YAML recipe and apply ``key=value`` overrides (values are YAML too)."""
+        values: dict[str, Any] = dict(_read_yaml(Path(recipe))) if recipe else {}
+        for name in values:
+            _check_name(str(name), f" in {recipe}")
+        for text in overrides:
+            name, sign, value = text.partition("=")
+            if not sign:
+                raise ValueError(f"{text!r} is no key=value")
+            head, _, entry = name.partition(".")
+            _check_name(head, "")
+            try:
+                parsed = yaml.safe_load(value) if value else ""
+            except yaml.YAMLError:
+                parsed = value
+            if entry:
+                if not isinstance(values.get(head, {}), dict) or head not in ("model_args", "optimizer_args"):
+                    raise ValueError(f"{name!r}: {head!r} holds no keys of its own")
+                values[head] = {**values.get(head, {}), entry: parsed}
+            else:
+                values[head] = parsed
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        """Return every option as YAML, in the order of this class."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+_INFINITY = float("inf")
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("drop_rate drop_path_rate label_smoothing hflip vflip random_erase mixup_prob distill_weight", 0, 1),
+    ("val_fraction", 0.001, 0.9),
+    ("crop_scale crop_ratio crop_pct", 0.01, 1),
+    ("ema_decay layer_decay", 0, 1),
+    ("epochs batch_size accumulate keep image_size early_stop", 1, _INFINITY),
+    ("lr clip_grad distill_temperature", 1e-12, _INFINITY),
+    ("workers min_lr warmup_lr warmup_epochs weight_decay mixup cutmix color_jitter checkpoint_minutes", 0, _INFINITY),
+    ("seed", 0, 2**32 - 1),
+)
+
+
+def help_text() -> str:
+    """Return one line a key: its name, type, default and meaning."""
+    hints = get_type_hints(TrainConfig)
+    lines = ["keys (in a recipe: `key: value`; on the command line: key=value), with type and default:"]
+    for item in dataclasses.fields(TrainConfig):
+        default = {} if item.default is dataclasses.MISSING else item.default
+        shown = yaml.safe_dump(default, default_flow_style=True).partition("\n")[0] if default != "" else "''"
+        lines.append(f"  {item.name}={shown}  ({_describe(hints[item.name])})\n      {item.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe {str(path)!r}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a list of `key: value` lines")
+    return values
+
+
+def _check_name(name: str, where: str) -> None:
+    names = [item.name for item in dataclasses.fields(TrainConfig)]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else "`glattn train --help` lists the keys"
+        raise ValueError(f"unknown key {name!r}{where}; {hint}")
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else _describe(part) for part in get_args(hint))
+    if get_origin(hint) is dict:
+        return "mapping"
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[hint.__name__]
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """Return `value` as the hinted type, or raise; YAML reads 1e-3 as text, and off as false."""
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Literal:
+        if value is False and "no" in get_args(hint):
+            return "no"
+        if value is None and "none" in get_args(hint):
+            return "none"
+        if value in get_args(hint):
+            return value
+        close = difflib.get_close_matches(str(value), get_args(hint), n=1)
+        raise ValueError(f"{name}={value!r}: allowed is {_describe(hint)}" + (f"; {close[0]!r}?" if close else ""))
+    if get_origin(hint) is dict:
+        if isinstance(value, dict):
+            return value
+    elif hint is float and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if number == number:
+                return number
+        except (TypeError, ValueError):
+            pass
+    elif hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    elif type(value) is hint:
+        return value
+    raise ValueError(f"{name}={value!r} is a {type(value).__name__}; it must be a {_describe(hint)}")
