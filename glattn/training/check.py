@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ def find_bad_images(source: Source, *, workers: int | None = None, progress: Any
     """Return (path, reason) for every image of a source that cannot be read."""
     from glattn.training.images import BadImageError, find_bad
 
-    if hasattr(source.dataset, "reader") and hasattr(source.dataset.reader, "root"):  # files of a folder
+    if Path(source.name(0)).is_file():  # not those in a .tar
         return list(find_bad([source.name(n) for n in range(len(source))], workers=workers, progress=progress))
     bad = []
     for index in progress(range(len(source))):

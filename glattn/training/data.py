@@ -7,6 +7,7 @@ alone: not from the number of workers or processes, nor from where a run was int
 from __future__ import annotations
 
 import random
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from glattn.training.config import TrainConfig
 from glattn.training.digits import write_digits
@@ -144,7 +145,10 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
         raise ValueError(
             f"no images in {root}; it should hold one folder a class, with {', '.join(EXTENSIONS)}"
         ) from None
-    mapping = dataset.reader.class_to_idx
+    except (tarfile.TarError, AssertionError, TypeError, OSError) as error:
+        raise ValueError(f"{root} is neither a folder nor a .tar that can be read: {error}") from None
+    reader = dataset.reader
+    mapping = reader.class_to_idx if is_folder else reader.class_name_to_idx
     if is_folder:
         # a class is a folder that holds something: sub-folders of one without images are not classes of their own
         for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
@@ -155,7 +159,7 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     names = [""] * (max(mapping.values()) + 1)
     for name, index in mapping.items():
         names[index] = name
-    targets = np.array([sample[1] for sample in dataset.reader.samples], dtype=np.int64)
+    targets = np.array([sample[1] for sample in reader.samples] if is_folder else reader.targets, dtype=np.int64)
     return Source(dataset, np.arange(len(targets)), targets, tuple(names))
 
 
@@ -309,6 +313,15 @@ class ValidationBatches(Sampler[list[tuple[int, int]]]):
             yield [(place, 0) for place in self.places[first : first + self.batch_size]]
 
 
+def open_again(worker: int) -> None:
+    """Give a worker a .tar of its own: one that it was forked with shares its file position with the others."""
+    info = get_worker_info()
+    assert info is not None
+    state = getattr(getattr(info.dataset.source.dataset, "reader", None), "tar_state", None)  # type: ignore[attr-defined]
+    if state is not None:
+        state.reset()
+
+
 def make_loader(
     source: Source,
     batches: Sampler[list[tuple[int, int]]],
@@ -340,5 +353,6 @@ def make_loader(
         collate_fn=fast_collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=open_again,
     )
     return PrefetchLoader(loader, mean=mean, std=std, channels=data_config["input_size"][0], device=device)
