@@ -1,0 +1,144 @@
+"""What a run leaves behind for a person to read: configuration, environment, metrics, curves, samples."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from glattn.training.checkpoint import write_text
+from glattn.training.config import TrainConfig
+from glattn.training.data import Source
+from glattn.training.figures import save_figure
+from glattn.training.validation import Predictions
+
+
+def choose_folder(config: TrainConfig) -> Path:
+    """Return the run's folder: the one asked for, or runs/MODEL-DATA, numbered where that exists.
+
+    Raises:
+        ValueError: The folder asked for holds another run.
+    """
+    if config.run:
+        folder = Path(config.run).expanduser()
+        if not config.resume and (folder / "config.yaml").exists():
+            raise ValueError(f"{folder} holds a run already; --resume auto goes on with it, or give another run=FOLDER")
+        return folder
+    data = Path(config.data).resolve().name if config.data else ""
+    name = re.sub(r"[^\w.]+", "-", f"{config.model.rpartition('/')[2]}-{data or config.dataset}").strip("-")
+    number, last = 1, Path("runs") / name
+    while True:
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if not (folder / "config.yaml").exists():
+            return last if config.resume and number > 1 else folder
+        number, last = number + 1, folder
+
+
+def describe_environment(device: str, processes: int) -> dict[str, Any]:
+    """Return the versions, commit, machine and command of this run."""
+    import accelerate
+    import timm
+    import torch
+    import torchvision
+
+    import glattn
+
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    versions = {m.__name__: m.__version__ for m in (glattn, torch, torchvision, timm, accelerate, np)}
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit or None,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_start(folder: Path, config: TrainConfig, environment: dict[str, Any]) -> None:
+    """Write config.yaml and environment.json."""
+    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_text(folder / "config.yaml", config.to_yaml())
+
+
+def write_metrics(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write metrics.csv, one row an epoch, and curve.png."""
+    if not rows:
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "metrics.csv", text.getvalue())
+    draw_curve(folder / "curve.png", rows)
+
+
+def draw_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw losses and accuracies over the epochs."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    style = {"marker": "."} if len(rows) < 40 else {}
+    losses.plot(epochs, [row["train_loss"] for row in rows], label="training", **style)
+    losses.plot(epochs, [row["val_loss"] for row in rows], label="validation", **style)
+    accuracies.plot(epochs, [row["top1"] for row in rows], label="top-1", **style)
+    if rows[-1]["top5"] is not None:
+        accuracies.plot(epochs, [row["top5"] for row in rows], label="top-5", **style)
+    best = max(rows, key=lambda row: row["top1"])
+    accuracies.axhline(best["top1"], color="grey", linewidth=0.6)
+    accuracies.set_title(f"best top-1 {best['top1']:.2f}% (epoch {best['epoch']})", fontsize=10)
+    losses.set_title("loss, nats", fontsize=10)
+    for axes in (losses, accuracies):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    accuracies.set_ylabel("validation accuracy, %")
+    save_figure(figure, path)
+
+
+def thumbnail(image: Image.Image, side: int = 96) -> Image.Image:
+    """Return an image at most `side` pixels wide and high; small ones are enlarged without smoothing."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
+    return image.resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+
+
+def draw_samples(path: Path, source: Source, predictions: Predictions, *, seed: int, count: int = 32) -> None:
+    """Draw random validation images with what was predicted of them: green if right, red (and the truth) if not."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(predictions.index))[:count])
+    columns = 8
+    lines = -(-len(chosen) // columns)
+    figure = Figure(figsize=(columns * 1.25, lines * 1.6), layout="constrained")
+    for place, axes in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
+        axes.set_axis_off()
+        if place >= len(chosen):
+            continue
+        entry = chosen[place]
+        image, _ = source.read(int(predictions.index[entry]))
+        right = predictions.predicted[entry] == predictions.target[entry]
+        title = f"{source.class_names[predictions.predicted[entry]][:16]} {predictions.confidence[entry]:.0%}"
+        if not right:
+            title += f"\nis {source.class_names[predictions.target[entry]][:16]}"
+        axes.imshow(thumbnail(image))
+        axes.set_title(title, fontsize=8, color="#15803d" if right else "#b91c1c", parse_math=False)
+    save_figure(figure, path)
