@@ -12,7 +12,7 @@ import torch
 from timm.data import Mixup, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.loss import create_classification_loss
-from timm.models import load_state_dict
+from timm.models import group_parameters, load_state_dict
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TrainingTask
 from torch import nn
@@ -78,17 +78,22 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 
 def _freeze(model: Any, what: str) -> None:
+    """Freeze by the groups of parameters that timm's models tell: the stem, one a stage, the head."""
     if what == "none":
         return
     if what == "backbone":
         model.requires_grad_(False)
-        model.get_classifier().requires_grad_(True)
+        classifiers = model.get_classifier()
+        for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
+            classifier.requires_grad_(True)
         return
-    if not hasattr(model, "stages") or not hasattr(model, "stem"):
-        raise ValueError(f"freeze={what}: {type(model).__name__} has no stem and stages; backbone works with any model")
-    model.stem.requires_grad_(False)
-    for stage in model.stages[: 1 if what == "stem" else len(model.stages) - 1]:
-        stage.requires_grad_(False)
+    groups = group_parameters(model, model.group_matcher(coarse=True), return_values=True)
+    last = {"stem": 1, "stages": max(groups) - 2}[what]
+    if last >= max(groups):
+        raise ValueError(f"freeze={what}: {type(model).__name__} has {len(groups)} groups of layers; use backbone")
+    for number in range(last + 1):
+        for parameter in groups[number]:
+            parameter.requires_grad_(False)
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
+IMAGES_A_PROCESS = 2000  # starting one takes as long as reading some hundreds
+
 
 class BadImageError(ValueError):
     """An image that cannot be decoded."""
@@ -70,7 +72,7 @@ def find_bad(paths: list[str], *, workers: int | None = None, progress: Any = it
         workers: Processes; None for one a core.
         progress: Wraps the iterator over the results, one a path (tqdm, say).
     """
-    workers = min(workers if workers is not None else os.cpu_count() or 1, max(1, len(paths) // 64))
+    workers = min(workers if workers is not None else os.cpu_count() or 1, max(1, len(paths) // IMAGES_A_PROCESS))
     if workers <= 1:
         reasons: Any = map(explain_bad, paths)
         yield from ((path, reason) for path, reason in zip(paths, progress(reasons), strict=True) if reason)

@@ -1,0 +1,318 @@
+"""Images in, whatever they are: modes, damage, classes, splits, archives, and a word for what is wrong."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from image_folders import COLOURS, noisy, spoil, write_class, write_folder
+from PIL import Image
+
+from glattn.cli import main
+from glattn.training import build
+from glattn.training.config import TrainConfig
+from glattn.training.data import TrainingBatches, ValidationBatches, make_loader, open_sources
+from glattn.training.images import BadImageError, find_bad, read_image
+
+RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (16, 1))
+GREY = Image.fromarray(RAMP)
+DATA_CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+
+
+def rgba():
+    image = GREY.convert("RGBA")
+    image.putpixel((0, 0), (0, 0, 0, 0))  # the black corner is transparent: white
+    return image
+
+
+def save(kind, folder):
+    """Write the ramp as `kind`, and return the path."""
+    path = folder / f"image.{kind.split()[-1]}"
+    other = Image.fromarray(255 - RAMP)
+    if kind.startswith("animated"):
+        extra = {"lossless": True} if kind.endswith("webp") else {}
+        GREY.convert("RGB").save(path, save_all=True, append_images=[other.convert("RGB")], duration=100, **extra)
+        return path
+    image = {
+        "grey png": lambda: GREY,
+        "two-tone png": lambda: GREY.convert("1", dither=Image.Dither.NONE),
+        "grey-alpha png": lambda: GREY.convert("LA"),
+        "rgb png": lambda: GREY.convert("RGB"),
+        "rgba png": rgba,
+        "palette png": lambda: GREY.convert("RGB").quantize(16),
+        "16-bit png": lambda: Image.fromarray(RAMP.astype(np.uint16) * 257),
+        "16-bit tif": lambda: Image.fromarray(RAMP.astype(np.uint16) * 257),
+        "32-bit tif": lambda: Image.fromarray(RAMP.astype(np.int32)),
+        "float tif": lambda: Image.fromarray(RAMP.astype(np.float32) / 255),
+        "cmyk jpg": lambda: GREY.convert("CMYK"),
+    }[kind]()
+    image.save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        ("grey png", 0), ("two-tone png", 128), ("grey-alpha png", 0), ("rgb png", 0), ("rgba png", 0),
+        ("palette png", 8), ("16-bit png", 1), ("16-bit tif", 1), ("32-bit tif", 1), ("float tif", 1),
+        ("cmyk jpg", 12), ("animated gif", 2), ("animated webp", 1), ("animated png", 0),
+    ],
+)  # fmt: skip
+def test_every_mode_reads_as_the_same_rgb(kind, tolerance, tmp_path):
+    path = save(kind, tmp_path)
+    image = read_image(path)
+    assert image.mode == "RGB"
+    expected = RAMP.astype(int)
+    if kind == "rgba png":
+        expected[0, 0] = 255
+    for channel in range(3):
+        assert np.abs(np.asarray(image)[..., channel].astype(int) - expected).max() <= tolerance
+
+
+def bad_crc(path):
+    # a flipped byte in a PNG's pixels
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"IDAT") + 10] ^= 0xFF
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("how", ["truncated", "zero bytes", "text"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif"])
+def test_damaged_files_say_why(how, suffix, tmp_path):
+    path = tmp_path / f"image.{suffix}"
+    noisy((90, 120, 150), 0).save(path)
+    with pytest.raises(BadImageError, match=r".+"):
+        read_image(spoil(path, how))
+
+
+def test_flipped_bytes_and_dangling_links_are_found(tmp_path):
+    noisy((90, 120, 150), 0).save(tmp_path / "flipped.png")
+    bad_crc(tmp_path / "flipped.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+    noisy((90, 120, 150), 0).save(tmp_path / "good.png")
+    paths = [str(tmp_path / f"{name}.png") for name in ("flipped", "good", "link")]
+    assert [path for path, _ in find_bad(paths, workers=1)] == [paths[0], paths[2]]
+
+
+@pytest.mark.slow
+def test_processes_find_the_same_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("glattn.training.images.IMAGES_A_PROCESS", 64)
+    write_class(tmp_path / "c", COLOURS["red"], 130)
+    spoil(tmp_path / "c" / "100.png", "truncated")
+    paths = sorted(str(path) for path in (tmp_path / "c").iterdir())
+    assert list(find_bad(paths, workers=2)) == list(find_bad(paths, workers=1)) != []
+
+
+# --- classes and splits: (what is done to a good folder, what the one line must say) --------------------------
+
+
+def empty_class(root):
+    (root / "train" / "violet").mkdir()
+
+
+def without_val_class(root):
+    for path in (root / "val" / "red").iterdir():
+        path.unlink()
+    (root / "val" / "red").rmdir()
+
+
+def other_val_class(root):
+    (root / "val" / "red").rename(root / "val" / "rose")
+
+
+def one_class(root):
+    for split in ("train", "val"):
+        for name in ("blue", "green"):
+            for path in (root / split / name).iterdir():
+                path.unlink()
+            (root / split / name).rmdir()
+
+
+def loose_images(root):
+    noisy((1, 2, 3), 0).save(root / "train" / "loose.png")
+
+
+def no_images(root):
+    for path in root.glob("train/*/*.png"):
+        path.rename(path.with_suffix(".txt"))
+
+
+def val_only(root):
+    (root / "train").rename(root / "elsewhere")
+
+
+PROBLEMS = {
+    empty_class: "class 'violet' is empty",
+    without_val_class: "without validation images: 'red'",
+    other_val_class: "without validation images: 'red'; without training images: 'rose'",
+    one_class: "one class only ('red')",
+    loose_images: "holds images of no class (loose.png",
+    no_images: "no images in",
+    val_only: "holds val but no train folder",
+}
+
+
+@pytest.mark.parametrize("break_it", PROBLEMS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("command", ["train", "check-data"])
+def test_a_broken_folder_is_one_line_before_any_compute(break_it, command, tmp_path, capsys, monkeypatch):
+    root = write_folder(tmp_path / "data")
+    break_it(root)
+    monkeypatch.setattr(build, "build_model", lambda *_: pytest.fail("a model was built"))
+    rest = ["--model", "test_glattn", "--run", str(tmp_path / "run"), "tracker=none"] if command == "train" else []
+    arguments = ["train", "--data", str(root), *rest] if command == "train" else ["check-data", str(root)]
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert PROBLEMS[break_it] in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path):
+    root = write_folder(tmp_path, val=0)
+    write_class(tmp_path / "violet", (120, 30, 200), 1)
+    with pytest.raises(ValueError, match="'violet' has 1 image"):
+        open_sources(TrainConfig(data=str(root)))
+
+
+def test_one_folder_is_split_by_class_and_seed(tmp_path):
+    write_class(tmp_path / "many", COLOURS["red"], 50)
+    write_class(tmp_path / "few", COLOURS["blue"], 10)
+
+    def names(seed):
+        sources = open_sources(TrainConfig(data=str(tmp_path), seed=seed, val_fraction=0.2))
+        assert [source.class_names for source in sources] == [("few", "many")] * 2
+        assert [source.class_counts().tolist() for source in sources] == [[8, 40], [2, 10]]
+        return [{source.name(n) for n in range(len(source))} for source in sources]
+
+    train, val = names(0)
+    assert len(train | val) == 60
+    assert names(0) == [train, val]
+    assert names(1)[1] != val
+
+
+# timm keeps a .tar open as long as its reader lives
+LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tar_reads_as_its_folder(workers, tmp_path):
+    root = write_folder(tmp_path / "data", train=6)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(packed / f"{split}.tar", "w") as tar:
+            tar.add(root / split, arcname=".")
+    folder, _ = open_sources(TrainConfig(data=str(root)))
+    archive, val = open_sources(TrainConfig(data=str(packed)))
+    assert archive.class_names == folder.class_names == tuple(COLOURS)
+    assert val.class_counts().tolist() == [4, 4, 4]
+    archive.read(0)  # the tar is open before the workers fork
+
+    def images(source):
+        batches = ValidationBatches(len(source), 4)
+        loader = make_loader(source, batches, DATA_CONFIG, workers=workers, device=torch.device("cpu"))
+        found = list(loader)
+        return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
+
+    for mine, theirs in zip(images(archive), images(folder), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_tar_that_is_none_is_refused(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.tar").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"train\.tar is neither a folder nor a \.tar"):
+        open_sources(TrainConfig(data=str(tmp_path)))
+
+
+# --- loading ------------------------------------------------------------------------------------------------
+
+
+def epoch_of(source, *, workers, epoch, start=0, rank=0, world=1):
+    batches = TrainingBatches(len(source), 8, seed=3, rank=rank, world=world)
+    batches.epoch, batches.start = epoch, start
+    augmentation = {"is_training": True, "auto_augment": "rand-m9-mstd0.5-inc1", "hflip": 0.5}
+    loader = make_loader(
+        source, batches, DATA_CONFIG, workers=workers, device=torch.device("cpu"), replace=True, **augmentation
+    )
+    return [(zlib.crc32(x.numpy().tobytes()), y[:, 1].tolist()) for x, y in loader]
+
+
+def test_what_is_loaded_follows_from_its_place_alone(tmp_path):
+    source, _ = open_sources(TrainConfig(data=str(write_folder(tmp_path, train=11))))
+    first = epoch_of(source, workers=0, epoch=0)
+    assert len(first) == 4
+    assert epoch_of(source, workers=2, epoch=0) == first
+    assert epoch_of(source, workers=1, epoch=0, start=2) == first[2:]
+    assert epoch_of(source, workers=0, epoch=1) != first
+    seen = [n for _, places in first for n in places]
+    assert len(seen) == len(set(seen)) == 32
+    halves = [epoch_of(source, workers=0, epoch=0, rank=rank, world=2) for rank in (0, 1)]
+    for (_, whole), (_, a), (_, b) in zip(first, *halves, strict=True):
+        assert a == whole[0::2]
+        assert b == whole[1::2]
+
+
+def test_unreadable_images_are_replaced_or_marked(tmp_path):
+    root = write_folder(tmp_path, train=4)
+    spoil(root / "train" / "blue" / "001.png", "truncated")
+    spoil(root / "val" / "red" / "000.png", "zero bytes")
+    train, val = open_sources(TrainConfig(data=str(root)))
+    cpu = torch.device("cpu")
+    loader = make_loader(train, ValidationBatches(12, 12), DATA_CONFIG, workers=0, device=cpu, replace=True)
+    places = next(iter(loader))[1]
+    assert places[1].tolist() == [0, 1, 2]  # the next one instead
+    assert (places[:, 1] != places[:, 2]).sum() == 1
+    loader = make_loader(val, ValidationBatches(12, 12), DATA_CONFIG, workers=0, device=cpu)
+    places = next(iter(loader))[1]
+    assert places[places[:, 0] < 0, 1].tolist() == [8]
+
+
+def test_no_readable_image_at_all_ends_in_an_error(tmp_path):
+    root = write_folder(tmp_path, train=2)
+    for path in root.glob("train/*/*.png"):
+        spoil(path, "text")
+    train, _ = open_sources(TrainConfig(data=str(root)))
+    loader = make_loader(
+        train, ValidationBatches(6, 2), DATA_CONFIG, workers=0, device=torch.device("cpu"), replace=True
+    )
+    with pytest.raises(ValueError, match="none of the training images can be read"):
+        next(iter(loader))
+
+
+# --- glattn check-data ----------------------------------------------------------------------------------------
+
+
+def test_check_data_lists_every_bad_image(tmp_path, capsys):
+    root = write_folder(tmp_path)
+    assert main(["check-data", str(root)]) == 0
+    said = capsys.readouterr().out
+    assert "training: 24 images, 3 classes of 8 to 8 images" in said
+    assert "every image can be read" in said
+    bad = [
+        spoil(root / "train" / "red" / "003.png", "truncated"),
+        spoil(root / "train" / "blue" / "000.png", "text"),
+        spoil(root / "val" / "green" / "001.png", "zero bytes"),
+    ]
+    assert main(["check-data", str(root)]) == 1
+    said = capsys.readouterr().out
+    for path in bad:
+        assert f"cannot be read: {path}: " in said
+    assert "3 image(s) cannot be read" in said
+
+
+@LEFT_OPEN
+def test_check_data_reads_archives(tmp_path, capsys):
+    root = write_folder(tmp_path / "data")
+    spoil(root / "train" / "red" / "003.png", "truncated")
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(root / split, arcname=".")
+    assert main(["check-data", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "red/003.png: " in said
+    assert "1 image(s) cannot be read" in said
