@@ -10,11 +10,12 @@ import pytest
 import torch
 from image_folders import COLOURS, noisy, spoil, write_class, write_folder
 from PIL import Image
+from timm.data import create_transform
 
 from glattn.cli import main
 from glattn.training import build
 from glattn.training.config import TrainConfig
-from glattn.training.data import TrainingBatches, ValidationBatches, make_loader, open_sources
+from glattn.training.data import TrainingBatches, ValidationBatches, make_loader, open_sources, seed_everything
 from glattn.training.images import BadImageError, find_bad, read_image
 
 RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (16, 1))
@@ -255,6 +256,15 @@ def test_what_is_loaded_follows_from_its_place_alone(tmp_path):
     for (_, whole), (_, a), (_, b) in zip(first, *halves, strict=True):
         assert a == whole[0::2]
         assert b == whole[1::2]
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m10", "v0", "original", "3a", "augmix-m5"])
+def test_no_policy_of_timm_fails_in_the_middle_of_an_epoch(policy):
+    transform = create_transform(32, is_training=True, auto_augment=policy, use_prefetcher=True)
+    image = noisy((90, 120, 150), 0)
+    for seed in range(120):
+        seed_everything(seed)
+        assert transform(image).shape == (3, 32, 32)
 
 
 def test_unreadable_images_are_replaced_or_marked(tmp_path):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+from timm.data import auto_augment
 
 IMAGES_A_PROCESS = 2000  # starting one takes as long as reading some hundreds
 
@@ -53,6 +54,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the first bits of each channel, as timm's policies ask; none leaves black.
+
+    RandAugment's magnitude 10, which rand-m9 with its noise reaches now and then, keeps none: Pillow from 13 on
+    refuses that, in the middle of an epoch.
+    """
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
 def explain_bad(path: str) -> str | None:
