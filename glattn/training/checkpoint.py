@@ -1,0 +1,172 @@
+"""Training checkpoints that are whole or absent, and the exported model beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+_logger = logging.getLogger(__name__)
+_NAME = re.compile(r"step-(\d{9})\.([0-9a-f]{16})\.pt")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name in the folder of `path`; what is written there takes its place, whole and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for path in folder.glob(".*-*"):
+        if re.fullmatch(r"\..+-[a-z0-9_]{8}", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def save_state(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
+    """Write a training state as ``step-NUMBER.DIGEST.pt`` and drop all but the last `keep`.
+
+    The digest in the name tells a damaged file from a whole one. What claims to be of this step or a later
+    one was passed over as damaged when the run was resumed, and goes too.
+    """
+    with tempfile.TemporaryDirectory(prefix=".state-", dir=_made(folder)) as temporary:
+        written = Path(temporary) / "state.pt"
+        try:
+            torch.save(state, written)
+        except RuntimeError as error:  # torch reports a full disk so
+            raise OSError(f"cannot write a checkpoint in {folder}: {str(error).splitlines()[0]}") from None
+        _sync(written)
+        path = folder / f"step-{step:09d}.{_digest(written)}.pt"
+        os.replace(written, path)
+    _sync(folder)
+    others = [other for other in list_states(folder) if other != path]
+    older = [other for other in others if int(other.name[5:14]) < step]
+    for other in set(others) - set(older[len(older) - (keep - 1) :]):
+        other.unlink()
+    return path
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16] if hasattr(hashlib, "file_digest") else _hash(file)
+
+
+def _hash(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def list_states(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+
+
+def load_state(folder: Path, say: Callable[[str], None] = _logger.warning) -> dict[str, Any] | None:
+    """Return the newest state that is whole, or None; what is damaged is named and passed over.
+
+    Raises:
+        ValueError: There are states, and all of them are damaged.
+    """
+    states = list_states(folder)
+    for path in reversed(states):
+        match = _NAME.fullmatch(path.name)
+        try:
+            if match is None or _digest(path) != match.group(2):
+                raise ValueError("its content does not match its digest")
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
+        except Exception as error:  # whatever is wrong with it, the one before may be whole
+            say(f"{path} is damaged ({' '.join(str(error).split())[:120]}); trying the one before")
+    if states:
+        raise ValueError(f"every checkpoint in {folder} is damaged; remove that folder to start anew")
+    return None
+
+
+def export(
+    model: nn.Module,
+    folder: Path,
+    *,
+    class_names: tuple[str, ...],
+    data_config: dict[str, Any],
+    metrics: dict[str, Any],
+) -> None:
+    """Write a model as timm's local-dir, with the metrics it was measured to have.
+
+    Each file is replaced whole, and the weights alone differ from one export of a run to the next, so at
+    every instant the folder loads.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        made = Path(temporary) / "model"
+        made.mkdir()
+        labels = {"label_names": list(class_names)}
+        save_config_for_hf(model, str(made / "config.json"), model_config=labels, data_config=data_config)
+        # contiguous: safetensors refuses channels_last weights
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+        try:
+            save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder}: {error}") from None
+        (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        for path in made.iterdir():
+            os.chmod(path, 0o666 & ~_umask())  # safetensors writes for the owner alone
+            _sync(path)
+        if folder.exists():
+            for name in ("config.json", "model.safetensors", "metrics.json"):
+                os.replace(made / name, folder / name)
+            _sync(folder)
+        else:
+            os.replace(made, folder)
+    _sync(folder.parent)

@@ -1,0 +1,94 @@
+"""Several processes that train as one would: devices and precision by accelerate, BatchNorm over the global batch."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
+
+from glattn.training.config import TrainConfig
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """Make the accelerator that a configuration describes."""
+    tracker = config.tracker
+    if tracker == "auto":
+        tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        return Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulate,
+            log_with=None if tracker == "none" else tracker,
+            project_config=ProjectConfiguration(logging_dir=config.run or "."),  # trackers start later, in the folder
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise ValueError(f"accelerate: {' '.join(str(error).split())}") from None
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose statistics are those of all processes' equal shares: torch's own takes no CPU tensors.
+
+    The same numbers as `nn.BatchNorm2d` on the global batch; timm's norms with activation
+    keep their ``drop`` and ``act``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(B, C, H, W)``."""
+        if not self.training:
+            out = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        else:
+            axes = [0, *range(2, x.ndim)]
+            shape = [1, -1] + [1] * (x.ndim - 2)
+            wide = x.float()
+            count = dist.get_world_size() * x.numel() / x.shape[1]
+            mean = all_reduce(wide.sum(axes)) / count
+            centred = wide - mean.view(shape)
+            var = all_reduce(centred.square().sum(axes)) / count
+            out = centred * (var + self.eps).rsqrt().view(shape)
+            if self.affine:
+                out = out * self.weight.view(shape) + self.bias.view(shape)
+            out = out.to(x.dtype)
+            if self.track_running_stats:
+                self._update(mean.detach(), var.detach() * (count / max(count - 1, 1)))
+        for name in ("drop", "act"):
+            after = self._modules.get(name)
+            if after is not None:
+                out = after(out)
+        return out
+
+    def _update(self, mean: Tensor, var: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var, momentum)
+
+
+def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return the module with BatchNorm over the batches of all processes."""
+    if device.type != "cpu":
+        return convert_sync_batchnorm(module)
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d):
+            _swap_class(child)
+    return module
+
+
+def _swap_class(norm: Any) -> None:
+    # in place, so that parameters, buffers, hooks and every reference to the module stay what they are
+    norm.__class__ = GlobalBatchNorm
