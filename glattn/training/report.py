@@ -92,7 +92,7 @@ def _png(image: Image.Image) -> str:
 
 def render(folder: Path, source: Source, predictions: Predictions) -> str:
     """Return the report as one page that needs no other file."""
-    rows = list(csv.DictReader((folder / "metrics.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text(encoding="utf-8").splitlines()))
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     metrics = json.loads((folder / "best" / "metrics.json").read_text(encoding="utf-8"))
