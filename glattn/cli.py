@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("glattn.training.validate", "Measure a checkpoint on a folder of images: accuracy, loss, ECE, speed."),
     "list": ("glattn.listing", "List the family: parameters, GMACs, size and weights."),
     "export": ("glattn.export", "Export a model as ONNX, torch.export or OpenVINO, checked on the spot."),
+    "benchmark": ("glattn.benchmark.command", "Measure models side by side: speed, memory, cost, scaling."),
     "push": ("glattn.hub.command", "Publish a trained model on the Hugging Face Hub."),
 }
 

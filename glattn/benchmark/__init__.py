@@ -1,0 +1,1 @@
+"""Speed, memory and cost of models side by side on the machine at hand."""

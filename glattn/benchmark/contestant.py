@@ -1,0 +1,138 @@
+"""A model made ready for one case: folded where it can fold, in its best memory format, with its step."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glattn.benchmark.cost import count_bytes, count_macs
+from glattn.benchmark.folding import fold
+from glattn.benchmark.machine import synchronizer
+from glattn.benchmark.timing import Step, time_step
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured of every model.
+
+    Args:
+        task: infer, or train: forward, backward and an AdamW step.
+        precision: fp32, or bf16: weights and all when inferring, autocast over fp32 weights when training.
+        engine: eager, or compile: ``torch.compile`` with its defaults.
+        batch: Images of a step.
+        pixels: Side of the images.
+    """
+
+    task: str
+    precision: str
+    engine: str
+    batch: int
+    pixels: int
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.precision} {self.engine} batch {self.batch} at {self.pixels}"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model that is ready.
+
+    Args:
+        step: Runs the case once.
+        parameters: Of the model as it is trained.
+        macs: Multiply-adds of one image, of the model as it runs; training counts as three forward passes.
+        held: Bytes that stay between steps.
+        folded: How far it was folded.
+        memory_format: The faster one.
+    """
+
+    step: Step
+    parameters: int
+    macs: int
+    held: int
+    folded: str
+    memory_format: str
+
+
+def create(name: str, pixels: int) -> nn.Module:
+    """Return a model of timm's registry with random weights, made for images of that size where it must be."""
+    needs_size = timm.get_pretrained_cfg_value(name, "fixed_input_size")
+    return timm.create_model(name, img_size=pixels) if needs_size else timm.create_model(name)
+
+
+def prepare(name: str, case: Case, device: torch.device, *, turn: float) -> Contestant:
+    """Return a model ready for a case; what a model cannot do is raised as it comes."""
+    torch.manual_seed(0)
+    training = case.task == "train"
+    image = torch.randn(case.batch, 3, case.pixels, case.pixels)
+    model, folded = create(name, case.pixels), ""
+    parameters = sum(p.numel() for p in model.parameters())
+    if not training:
+        model, folded = fold(model, image[:1])
+    macs = count_macs(model.eval(), (1, *image.shape[1:])) * (3 if training else 1)
+    model = model.to(device, DTYPES["fp32"] if training else DTYPES[case.precision])
+    memory_format = _faster_format(model, image, case, device, turn=turn)
+    model = model.to(memory_format=FORMATS[memory_format])
+    step, optimizer = make_step(model, image, case, device, memory_format)
+    if optimizer is not None and case.engine == "eager":
+        step()  # AdamW's state is there from its first step on
+    held = count_bytes(model, optimizer)
+    return Contestant(step, parameters, macs, held, folded, memory_format)
+
+
+def _faster_format(model: nn.Module, image: Tensor, case: Case, device: torch.device, *, turn: float) -> str:
+    """Return the memory format in which the eager step is faster, tried by turns."""
+    case = Case(case.task, case.precision, "eager", case.batch, case.pixels)
+    steps = {}
+    for name, memory_format in FORMATS.items():
+        trial = copy.deepcopy(model).to(memory_format=memory_format)
+        steps[name] = make_step(trial, image, case, device, name)[0]
+        steps[name]()
+    synchronize = synchronizer(device)
+    repeats = max(1, round(turn / max(time_step(step, 1, synchronize) for step in steps.values())))
+    best = dict.fromkeys(steps, float("inf"))
+    for _ in range(3):
+        for name, step in steps.items():
+            best[name] = min(best[name], time_step(step, repeats, synchronize))
+    return min(best, key=lambda name: best[name])
+
+
+def make_step(
+    model: nn.Module, image: Tensor, case: Case, device: torch.device, memory_format: str
+) -> tuple[Step, torch.optim.Optimizer | None]:
+    """Return the step of a case, and the optimiser that it uses."""
+    training = case.task == "train"
+    image = image.to(device, DTYPES["fp32"] if training else DTYPES[case.precision])
+    image = image.to(memory_format=FORMATS[memory_format])
+    model.train(training)
+    network: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if case.engine == "compile" else model
+    if not training:
+
+        def infer() -> None:
+            with torch.inference_mode():
+                network(image)
+
+        return infer, None
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    target = torch.randint(0, 1000, (len(image),), device=device)
+    mixed = case.precision != "fp32"
+
+    def train() -> None:
+        with torch.autocast(device.type, DTYPES[case.precision]) if mixed else contextlib.nullcontext():
+            loss = F.cross_entropy(network(image), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return train, optimizer

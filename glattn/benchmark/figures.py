@@ -1,0 +1,125 @@
+"""Pictures of a benchmark: speed against parameters, and how cost grows with resolution."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from glattn.benchmark.rows import Row
+
+_OURS, _THEIRS = "#b91c1c", "#475569"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    try:
+        figure.savefig(aside, dpi=110)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def _ours(row: Row) -> bool:
+    return row["model"].startswith(("glattn", "test_glattn"))
+
+
+def _cases(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if not row["error"]:
+            case = (row["task"], row["precision"], row["engine"], row["batch"], row["pixels"])
+            cases.setdefault(case, []).append(row)
+    return cases
+
+
+def draw_speed(folder: Path, rows: Sequence[Row]) -> Path | None:
+    """Draw images a second against parameters, one panel a case of the commonest size; ours in red."""
+    cases = _cases(rows)
+    if not cases:
+        return None
+    sizes = [case[-1] for case in cases]
+    common = max(dict.fromkeys(sizes), key=sizes.count)
+    cases = {case: members for case, members in cases.items() if case[-1] == common}
+    columns = min(2, len(cases))
+    lines = -(-len(cases) // columns)
+    figure = Figure(figsize=(7.5 * columns, 5.2 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[len(cases) :]:
+        axes.set_axis_off()
+    for axes, (case, members) in zip(panels, cases.items(), strict=False):
+        task, precision, engine, batch, pixels = case
+        for row in members:
+            x, y = float(row["params_m"]), float(row["images_per_second"])
+            colour = _OURS if _ours(row) else _THEIRS
+            low, high = float(row["images_per_second_low"]), float(row["images_per_second_high"])
+            axes.errorbar(x, y, [[y - low], [high - y]], marker="o", markersize=5, color=colour, elinewidth=1)
+        _label(axes, members)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.margins(0.3, 0.1)
+        _plain_ticks(axes)
+        axes.set_title(f"{task}, {precision}, {engine}, batch {batch}, {pixels} px", fontsize=10)
+        axes.set_xlabel("parameters, millions")
+        axes.set_ylabel("images a second (quartiles of the rounds)")
+        axes.grid(alpha=0.3, which="both")
+    return _save(figure, folder / "speed.png")
+
+
+def _plain_ticks(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _label(axes: Any, members: Sequence[Row]) -> None:
+    """Name each point, to the right of it, and lower where the name above would be covered."""
+    ranked = sorted(members, key=lambda row: -float(row["images_per_second"]))
+    for rank, row in enumerate(ranked):
+        right = rank % 2 == 0
+        axes.annotate(
+            row["model"], (float(row["params_m"]), float(row["images_per_second"])),
+            xytext=(6 if right else -6, 0), textcoords="offset points", va="center", fontsize=7,
+            ha="left" if right else "right",
+            color=_OURS if _ours(row) else _THEIRS, fontweight="bold" if _ours(row) else "normal",
+        )  # fmt: skip
+
+
+def draw_scaling(folder: Path, rows: Sequence[Row]) -> Path | None:
+    """Draw cost and memory per pixel against resolution, relative to the smallest; flat is linear in pixels."""
+    swept: dict[str, list[Row]] = {}
+    for (task, precision, engine, batch, _), members in _cases(rows).items():
+        if (task, precision, engine, batch) == ("infer", "fp32", "eager", "1"):
+            for row in members:
+                swept.setdefault(row["model"], []).append(row)
+    swept = {name: members for name, members in swept.items() if len(members) > 1}
+    if not swept:
+        return None
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    costs_of = {
+        "time per pixel": lambda row: float(row["milliseconds"]),
+        "peak memory per pixel, weights left out": lambda row: float(row["peak_mb"]) - float(row["held_mb"]),
+    }
+    for axes, (title, cost_of) in zip(figure.subplots(1, 2), costs_of.items(), strict=True):
+        for number, (_, members) in enumerate(sorted(swept.items())):
+            members = sorted(members, key=lambda row: int(row["pixels"]))
+            costs = [cost_of(row) / int(row["pixels"]) ** 2 for row in members]
+            ours = _ours(members[0])
+            axes.plot(
+                [int(row["pixels"]) for row in members], [cost / costs[0] for cost in costs], marker=".",
+                label=members[0]["model"], color=_OURS if ours else f"C{number % 10}", linewidth=2.4 if ours else 1,
+                linestyle="-" if ours or number < 10 else "--",
+            )  # fmt: skip
+        axes.set_title(f"{title}, as a multiple of that at the smallest size", fontsize=10)
+        axes.set_xlabel("side of the image, pixels")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _save(figure, folder / "scaling.png")

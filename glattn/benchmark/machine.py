@@ -1,0 +1,73 @@
+"""The machine that a number belongs to, and the matrix product that is its yardstick."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from glattn.benchmark.timing import Step
+
+# side of the square matrices: large enough for the full rate, small enough for a turn
+_SIDE = {"cpu": 2048, "cuda": 8192}
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Return the machine, the versions and the commit that rows are written with; no path and no name of a host."""
+    import timm
+
+    import glattn
+
+    return {
+        "device": device.type,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "capability": "" if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "glattn": glattn.__version__,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Step, int]:
+    """Return a square matrix product as a step, and its multiply-adds."""
+    side = _SIDE[device.type]
+    a, b, out = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(3))
+
+    def step() -> None:
+        torch.mm(a, b, out=out)
+
+    return step, side**3
+
+
+def synchronizer(device: torch.device) -> Step:
+    """Return what waits for a device to have done its work."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None

@@ -1,0 +1,88 @@
+"""Rows of a benchmark: a CSV file that grows case by case and is whole at any time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+Row = dict[str, str]
+
+FIELDS = (
+    "model", "size_class", "published_top1", "published_pixels",
+    "task", "precision", "engine", "batch", "pixels",
+    "memory_format", "folded", "params_m", "gmacs",
+    "images_per_second", "images_per_second_low", "images_per_second_high", "milliseconds", "rounds", "repeats",
+    "warm_up_seconds", "gmacs_per_second", "matmul_gmacs_per_second", "share_of_matmul", "held_mb", "peak_mb",
+    "baseline", "ratio", "ratio_low", "ratio_high",
+    "device", "machine", "cores", "threads", "capability", "python", "torch", "timm", "glattn", "commit", "error",
+)  # fmt: skip
+_KEY = ("model", "task", "precision", "engine", "batch", "pixels", "device", "machine", "threads")
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """Return what a row is the measurement of: model, case and machine."""
+    return tuple(row[name] for name in _KEY)
+
+
+def read(path: Path) -> list[Row]:
+    """Return a file's rows.
+
+    Raises:
+        ValueError: It is no benchmark's file.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames is None or set(reader.fieldnames) != set(FIELDS):
+            raise ValueError(f"{path} is not a table of this version of glattn benchmark; give another --out")
+        return list(reader)
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows aside and move them into place."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text.getvalue())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+_COLUMNS = (
+    ("model", "model", ""),
+    ("params_m", "M", ".1f"),
+    ("gmacs", "GMAC", ".2f"),
+    ("published_top1", "top-1", ".1f"),
+    ("images_per_second", "img/s", ".1f"),
+    ("images_per_second_low", "25%", ".1f"),
+    ("images_per_second_high", "75%", ".1f"),
+    ("gmacs_per_second", "GMAC/s", ".0f"),
+    ("share_of_matmul", "of mm", ".0%"),
+    ("peak_mb", "MB", ".0f"),
+    ("ratio", "ratio", ".2f"),
+    ("memory_format", "memory", ""),
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return one case's rows as text, fastest first."""
+    ok = sorted((r for r in rows if not r["error"]), key=lambda r: -float(r["images_per_second"]))
+    cells = [[title for _, title, _ in _COLUMNS]]
+    for row in ok:
+        cells.append([f"{float(row[f]):{spec}}" if spec and row[f] else row[f] for f, _, spec in _COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i in (0, len(line) - 1) else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    lines += [f"{row['model']}: not measured: {row['error']}" for row in rows if row["error"]]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,83 @@
+"""Timing by turns: each round runs every contestant once, so that a machine's moods touch all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median between its quartiles.
+
+    Args:
+        median: The middle value.
+        low: First quartile.
+        high: Third quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Return the spread of some values."""
+        values = list(values)
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def time_step(step: Step, repeats: int, synchronize: Step) -> float:
+    """Return seconds of one step, the mean over a turn of some repeats."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def warm_up(step: Step, synchronize: Step, *, turn: float) -> tuple[float, int]:
+    """Return seconds until a step runs at its speed (compilation among them), and repeats that fill a turn.
+
+    Args:
+        turn: Seconds that a turn should last.
+    """
+    start = time.perf_counter()
+    step()
+    single = min(time_step(step, 1, synchronize) for _ in range(2))
+    return time.perf_counter() - start, max(1, round(turn / single))
+
+
+def take_turns(
+    steps: Mapping[str, tuple[Step, int]],
+    *,
+    rounds: int,
+    synchronize: Step,
+    out_of_time: Callable[[], bool],
+    progress: Callable[[], object],
+    least: int = 3,
+) -> dict[str, list[float]]:
+    """Return seconds of one step in each round, for each contestant.
+
+    Args:
+        steps: A contestant's step and its repeats in a turn.
+        rounds: Rounds at most.
+        out_of_time: Asked after each round; there are `least` rounds even so.
+        progress: Called after each turn.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for done in range(rounds):
+        if done >= least and out_of_time():
+            break
+        for name, (step, repeats) in steps.items():
+            seconds[name].append(time_step(step, repeats, synchronize))
+            progress()
+    return seconds

@@ -1,0 +1,247 @@
+"""glattn benchmark: counts against arithmetic, folding against the unfolded model, turns, rows, the command itself."""
+
+import csv
+
+import pytest
+import timm
+import torch
+from models import randomize, relative
+from torch import nn
+
+from glattn.benchmark import command, machine, rows
+from glattn.benchmark.contestant import Case, create, prepare
+from glattn.benchmark.cost import count_macs, measure_growth
+from glattn.benchmark.folding import fold
+from glattn.benchmark.peers import PEERS, SIZES, of_size
+from glattn.benchmark.timing import Spread, take_turns
+from glattn.cli import main
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _small_yardstick(monkeypatch):
+    monkeypatch.setitem(machine._SIDE, "cpu", 128)
+
+
+def test_macs_of_a_transformer_are_the_analytic_ones():
+    model = timm.create_model("test_vit", num_classes=10)
+    tokens, dim = model.patch_embed.num_patches + 1, model.embed_dim
+    side = model.patch_embed.patch_size[0]
+    block = model.blocks[0]
+    linear = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+    attention = 2 * tokens * tokens * dim  # scores, and their product with the values
+    patches = (tokens - 1) * 3 * side * side * dim
+    expected = patches + len(model.blocks) * (tokens * linear + attention) + dim * 10
+    assert block.attn.fused_attn, "the count is about the fused attention"
+    assert count_macs(model, (1, 3, 160, 160)) == expected
+    assert count_macs(model, (4, 3, 160, 160)) == 4 * expected
+
+
+def test_macs_of_convolutions_are_the_analytic_ones():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 5, padding=2, groups=8), nn.Conv2d(8, 6, 1))
+    assert count_macs(model, (1, 3, 10, 12)) == 120 * (3 * 8 * 9 + 8 * 25 + 8 * 6)
+
+
+class Shared(nn.Module):
+    """A convolution whose raw output is used twice: its norm must not be folded into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.last(self.bn(x).relu()) + x
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_glattn", "repvit_m0_9", "resnetv2_18"])
+def test_folding_changes_no_output_and_leaves_what_it_says(name):
+    model = randomize(timm.create_model(name)).eval()
+    image = torch.randn(2, 3, 64, 64)
+    folded, said = fold(model, image)  # the model's statistics are redrawn in place
+    with torch.no_grad():
+        assert relative(model(image), folded(image)) < 1e-3
+    before, after = (sum(isinstance(m, nn.BatchNorm2d) for m in x.modules()) for x in (model, folded))
+    assert said == f"{before - after} of {before} batch norms"
+    if name == "resnetv2_18":  # norms before the convolutions: only those behind one can go
+        assert 0 < after < before
+    else:
+        assert after == (0 if name != "test_glattn" else after)
+        assert after < before
+
+
+def test_folding_leaves_a_norm_whose_convolution_is_used_twice():
+    folded, said = fold(Shared(), torch.randn(1, 3, 8, 8))
+    assert said == "0 of 1 batch norms"
+    assert isinstance(folded.bn, nn.BatchNorm2d)
+
+
+def test_memory_growth_is_what_a_step_allocates():
+    def step():
+        a = torch.zeros(1000, 250)  # 1 MB
+        b = a + 1  # and another
+        del a
+        (b + 1).sum()  # two at a time
+
+    measure_growth(step, CPU)
+    assert 2_000_000 <= measure_growth(step, CPU) < 2_010_000
+
+
+def test_turns_are_taken_in_rounds_and_stop_after_three_when_time_is_up():
+    order = []
+    steps = {name: (lambda name=name: order.append(name), 2) for name in "ABC"}
+    quiet = {"synchronize": lambda: None, "progress": lambda: None}
+    seconds = take_turns(steps, rounds=4, out_of_time=lambda: False, **quiet)
+    assert "".join(order) == "AABBCC" * 4
+    assert all(len(times) == 4 for times in seconds.values())
+    order.clear()
+    take_turns(steps, rounds=9, out_of_time=lambda: True, **quiet)
+    assert "".join(order) == "AABBCC" * 3
+
+
+def test_spread_is_median_and_quartiles():
+    assert Spread.of([5, 1, 2, 4, 3]) == Spread(3, 2, 4)
+    assert Spread.of([7]) == Spread(7, 7, 7)
+
+
+def test_every_peer_is_a_model_of_timm_with_those_weights():
+    for name, peer in PEERS.items():
+        assert timm.is_model(name), name
+        assert peer.tag in {tag.partition(".")[2] for tag in timm.list_models(f"{name}.*", include_tags=True)}, name
+        assert 60 < peer.top1 < 90
+    for size in SIZES:
+        assert of_size(size)[:2] == [f"glattn_{size}", f"convnext_{size}"]
+        assert timm.is_model(f"glattn_{size}")
+
+
+@pytest.mark.parametrize(("task", "precision"), [("infer", "fp32"), ("infer", "bf16"), ("train", "bf16")])
+def test_a_contestant_runs_its_case(task, precision):
+    case = Case(task, precision, "eager", 2, 64)
+    ready = prepare("test_resnet", case, CPU, turn=1e-3)
+    ready.step()
+    plain = create("test_resnet", 64)
+    parameters = sum(p.numel() for p in plain.parameters())
+    assert ready.parameters == parameters
+    forward = count_macs(fold(plain, torch.zeros(1, 3, 64, 64))[0], (1, 3, 64, 64))
+    assert ready.macs == forward * (3 if task == "train" else 1)
+    # weights in bf16 when inferring; in fp32, with AdamW's two averages, when training
+    least = parameters * (12 if task == "train" else 2 if precision == "bf16" else 4)
+    assert 0.95 * least < ready.held < 1.1 * least
+
+
+def test_models_of_a_fixed_size_are_made_for_the_images():
+    assert create("levit_128s", 160).eval()(torch.zeros(1, 3, 160, 160)).shape == (1, 1000)
+
+
+SHORT = ["--threads", "1", "--rounds", "3", "--turn", "0.001", "--batch", "1", "--pixels", "64", "--device", "cpu"]
+
+
+def _run(folder, *arguments):
+    return main(["benchmark", "test_glattn", "test_resnet", "--out", str(folder), *SHORT, *arguments])
+
+
+def _rows(folder):
+    with (folder / "rows.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_command_measures_writes_and_draws(tmp_path, capsys):
+    assert _run(tmp_path, "--sweep", "64", "96", "--baseline", "test_resnet") == 0
+    found = _rows(tmp_path)
+    assert [(row["model"], row["pixels"]) for row in found] == [
+        ("test_glattn", "64"), ("test_resnet", "64"), ("test_glattn", "96"), ("test_resnet", "96"),
+    ]  # fmt: skip
+    for row in found:
+        assert row["error"] == ""
+        speed = float(row["images_per_second"])
+        assert float(row["images_per_second_low"]) <= speed <= float(row["images_per_second_high"])
+        assert speed == pytest.approx(1000 / float(row["milliseconds"]), rel=1e-2)
+        assert float(row["gmacs_per_second"]) == pytest.approx(speed * float(row["gmacs"]), rel=0.05)
+        share = float(row["gmacs_per_second"]) / float(row["matmul_gmacs_per_second"])
+        assert float(row["share_of_matmul"]) == pytest.approx(share, rel=0.05)
+        assert row["baseline"] == "test_resnet"
+        assert row["rounds"] == "3"
+        assert row["threads"] == "1"
+        assert float(row["peak_mb"]) > float(row["held_mb"]) > 0
+        assert all(row[name] for name in ("machine", "torch", "timm", "glattn", "python"))
+        assert "/" not in row["machine"] + row["commit"]
+    assert [row["ratio"] for row in found if row["model"] == "test_resnet"] == ["1.0000", "1.0000"]
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("speed.png", "scaling.png"))
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "speed.png", "scaling.png"}
+    assert "infer fp32 eager batch 1 at 96" in capsys.readouterr().out
+
+
+def test_resume_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
+    assert _run(tmp_path) == 0
+    first = _rows(tmp_path)
+    assert _run(tmp_path) == 1
+    assert "--resume" in capsys.readouterr().err
+
+    prepared = []
+    real = prepare
+    monkeypatch.setattr(
+        "glattn.benchmark.session.prepare",
+        lambda name, case, *a, **k: prepared.append((name, case.pixels)) or real(name, case, *a, **k),
+    )
+    assert _run(tmp_path, "--resume", "--sweep", "64", "80") == 0
+    assert prepared == [("test_glattn", 80), ("test_resnet", 80)]
+    assert _rows(tmp_path)[:2] == first
+    assert len(_rows(tmp_path)) == 4
+
+
+def test_time_that_is_up_leaves_cases_for_later(tmp_path, capsys):
+    assert _run(tmp_path, "--minutes", "1e-12") == 0
+    assert not (tmp_path / "rows.csv").exists()
+    assert "1 of 1 cases are left" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_is_a_row_and_the_others_are_measured(tmp_path):
+    assert main(["benchmark", "test_resnet", "test_vit", "--out", str(tmp_path), *SHORT,
+                 "--pixels", "36"]) == 0  # fmt: skip
+    by_name = {row["model"]: row for row in _rows(tmp_path)}
+    assert by_name["test_resnet"]["error"] == ""
+    assert by_name["test_vit"]["error"]
+    assert by_name["test_vit"]["images_per_second"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "--class"),
+        (["no_such_model"], "no_such_model"),
+        (["test_resnet", "--rounds", "0"], "--rounds"),
+        (["test_resnet", "--batch", "0"], "--batch"),
+        (["test_resnet", "--baseline", "no_such_model"], "no_such_model"),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_line(arguments, word, tmp_path, capsys):
+    assert main(["benchmark", *arguments, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert word in error
+    assert error.count("\n") == 1
+
+
+def test_another_table_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="not a table"):
+        rows.read(path)
+
+
+def test_cases_are_the_product_and_the_sweep():
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    cases = command.choose_cases(
+        parser.parse_args(["m", "--precision", "fp32", "bf16", "--task", "infer", "train", "--sweep"])
+    )
+    assert len(cases) == 2 * 2 * 2 + len(command.SWEEP) - 1  # 224 at batch 1 is there already
+    assert len(set(cases)) == len(cases)
+
+
+@pytest.mark.compile
+def test_compiled_steps_run():
+    for task in ("infer", "train"):
+        prepare("test_resnet", Case(task, "fp32", "compile", 1, 32), CPU, turn=1e-3).step()
