@@ -22,7 +22,10 @@ from torch.nn import functional as F
 from glattn.training.figures import save_figure
 
 _BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.mixer")
-_LEGEND = "above: attention received\n(1 is an even share)\n\nthis row: magnitude of\nthe local branch's output"
+_LEGEND = (
+    "above: attention that\na place receives\n(1 is an even share)\n\n"
+    "this row: magnitude of\nthe local branch's answer\n\nbright is much"
+)
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,12 @@ def _overlay(axis: Any, image: np.ndarray, values: np.ndarray | None, missing: s
     if values is None:
         axis.text(0.5, 0.5, missing, ha="center", va="center", fontsize=9, color="#444")
         return
+    low, high = float(values.min()), float(values.max())
     axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1)
-    axis.imshow(values, cmap=colours, alpha=0.65)
+    # where there is little to show, the image shows through
+    share = (values - low) / max(high - low, 1e-12)
+    axis.imshow(values, cmap=colours, alpha=0.25 + 0.55 * share)
     axis.text(
-        0.5, -0.03, f"{values.min():.2g} to {values.max():.2g}", transform=axis.transAxes,
+        0.5, -0.03, f"{low:.1f} to {high:.1f}", transform=axis.transAxes,
         ha="center", va="top", fontsize=8, color="#444",
     )  # fmt: skip
