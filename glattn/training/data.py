@@ -344,7 +344,12 @@ def make_loader(
         augmentation: Further keywords of `timm.data.create_transform`.
     """
     mean, std = data_config["mean"], data_config["std"]
-    transform = create_transform(**{**data_config, **augmentation}, use_prefetcher=True)
+    try:
+        transform = create_transform(**{**data_config, **augmentation}, use_prefetcher=True)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        asked = {**data_config, **augmentation}
+        policy = f"auto_augment={asked['auto_augment']!r} or " if asked.get("auto_augment") else ""
+        raise ValueError(f"{policy}interpolation={asked['interpolation']!r} is unknown to timm: {error!r}") from None
     images = SeededImages(source, transform, replace=replace, size=data_config["input_size"][-2:])
     loader = DataLoader(
         images,
