@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -67,7 +68,8 @@ class Contestant:
 def create(name: str, pixels: int) -> nn.Module:
     """Return a model of timm's registry with random weights, made for images of that size where it must be."""
     needs_size = timm.get_pretrained_cfg_value(name, "fixed_input_size")
-    return timm.create_model(name, img_size=pixels) if needs_size else timm.create_model(name)
+    size: dict[str, Any] = {"img_size": pixels} if needs_size else {}
+    return timm.create_model(name, num_classes=1000, **size)  # some are of ImageNet-22k by default
 
 
 def prepare(name: str, case: Case, device: torch.device, *, turn: float) -> Contestant:

@@ -73,14 +73,26 @@ def fold(model: nn.Module, image: Tensor) -> tuple[nn.Module, str]:
     _settle(model.eval())
     expected = model(image)
     total = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    own = reparameterize_model(model)
+    own = reparameterize_model(model).eval()  # modules that it makes are in training mode
     if not _same(expected, own(image)):
         own = model
-    folded = _fold_pairs(copy.deepcopy(own), _observe(own, image))
-    if not _same(expected, folded(image)):
-        folded = own
+    folded = _fold_agreeing(own, _observe(own, image), image, expected)
     left = sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     return folded, f"{total - left} of {total} batch norms" if total else "none to fold"
+
+
+def _fold_agreeing(model: nn.Module, pairs: list[tuple[str, str]], image: Tensor, expected: Tensor) -> nn.Module:
+    """Return the model with those pairs folded that leave its outputs the same, found by halving."""
+    if not pairs:
+        return model
+    folded = _fold_pairs(copy.deepcopy(model), pairs)
+    if _same(expected, folded(image)):
+        return folded
+    if len(pairs) == 1:
+        return model
+    half = len(pairs) // 2
+    model = _fold_agreeing(model, pairs[:half], image, expected)
+    return _fold_agreeing(model, pairs[half:], image, expected)
 
 
 def _fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
