@@ -13,6 +13,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.nn import functional as F
 
+from glattn.training.data import Source, ValidationBatches, make_loader
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -40,21 +42,75 @@ class Predictions:
         """Return top-1 and top-5 in percent, mean loss, and expected calibration error (15 bins, percent)."""
         if not len(self.index):
             raise ValueError("none of the validation images can be read")
-        correct = self.predicted == self.target
-        bins = np.minimum((self.confidence * 15).astype(int), 14)
-        gap = np.bincount(bins, weights=self.confidence.astype(np.float64) - correct, minlength=15)
+        finite = np.isfinite(self.confidence)
+        correct = (self.predicted == self.target) & finite  # of an answer of NaNs, any class is the likeliest
+        confidence = np.where(finite, self.confidence, 0).astype(np.float64)
+        gap = np.bincount(np.minimum((confidence * 15).astype(int), 14), weights=confidence - correct, minlength=15)
         return {
             "top1": 100 * float(np.mean(correct)),
-            "top5": 100 * float(np.mean(self.rank < 5)),
+            "top5": 100 * float(np.mean(correct | ((self.rank < 5) & finite))),
             "loss": float(np.mean(self.loss, dtype=np.float64)),
             "ece": 100 * float(np.abs(gap).sum() / len(self.index)),
             "images": len(self.index),
         }
 
+    def class_accuracy(self, classes: int) -> np.ndarray:
+        """Return each class's share of images given its name; NaN for a class without images."""
+        totals = np.bincount(self.target, minlength=classes)
+        right = np.bincount(self.target[self.predicted == self.target], minlength=classes)
+        return np.where(totals > 0, right / np.maximum(totals, 1), np.nan)
+
     def confusion(self, classes: int) -> np.ndarray:
         """Return counts, true class x predicted class."""
         counts = np.bincount(self.target * classes + self.predicted, minlength=classes * classes)
         return counts.reshape(classes, classes)
+
+
+class AmongClasses(nn.Module):
+    """A classifier that chooses among some of its classes only: ``(B, C, H, W) -> (B, K)``, -inf for the others.
+
+    Args:
+        model: The classifier.
+        allowed: Numbers of the classes.
+        classes: How many there are.
+    """
+
+    def __init__(self, model: nn.Module, allowed: np.ndarray, classes: int) -> None:
+        super().__init__()
+        self.model = model
+        self.refused = torch.ones(classes, dtype=torch.bool)
+        self.refused[torch.as_tensor(allowed)] = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits."""
+        logits = self.model(x)
+        return logits.masked_fill(self.refused.to(logits.device), -torch.inf)
+
+
+def predict_source(
+    model: nn.Module,
+    source: Source,
+    data_config: dict[str, Any],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    progress: Any = iter,
+) -> Predictions:
+    """Run `model` over every image of a source once, in this process.
+
+    Args:
+        model: The classifier, on `device`.
+        source: The images.
+        data_config: timm's, of the model.
+        batch_size: Images at a time.
+        workers: Processes that read images.
+        device: Where the model is.
+        progress: Wraps the iterator over the batches.
+    """
+    batches = ValidationBatches(len(source), batch_size)
+    loader = make_loader(source, batches, data_config, workers=workers, device=device)
+    return predict_all(model.to(memory_format=torch.channels_last), loader, progress=progress)
 
 
 @torch.no_grad()
