@@ -91,7 +91,10 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = Path(folder) / f"{path.stem}{kind.suffix}"
-        run = kind.write(program, metadata(model), written)
+        try:
+            run = kind.write(program, metadata(model), written)
+        except RuntimeError as error:  # what the exporters raise of what they cannot express
+            raise ValueError(f"{to} cannot express this model: {' '.join(str(error).split())[-300:]}") from error
         others = [(size[0] + 37, max(size[1] - 51, 40)), (max(size[0] // 2, 40), size[1] + 64)]
         others = others if img_size is None else []
         shapes = [(1, channels, *size), (3, channels, *size), *((2, channels, *other) for other in others)]
@@ -166,10 +169,34 @@ def _write_onnx(program: ExportedProgram, facts: Mapping[str, str], path: Path) 
     import onnx
     import onnxruntime
     import torch
+    from onnxscript import opset18
 
+    def remainder(self, other):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        """Cells counted by a size that is free, which the exporter's own translation takes for a number."""
+        return opset18.Mod(self, opset18.CastLike(other, self))
+
+    # The kernel of attention that was traced leaves its result so that merging the heads is a view; the exporter
+    # puts another in its place. ONNX itself knows no strides, so the copies cost nothing there.
+    aten = torch.ops.aten
+    for node in list(program.graph.nodes):
+        if node.target in (aten.view.default, aten.reshape.default, aten.flatten.using_ints):
+            with program.graph.inserting_before(node):
+                source = node.args[0]
+                copy = program.graph.call_function(
+                    aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+                )
+            copy.meta.update(source.meta)
+            node.replace_input_with(source, copy)
+    program.graph_module.recompile()
     with _quiet():
         exported = torch.onnx.export(
-            program, (), dynamo=True, input_names=["image"], output_names=["logits"], verbose=False
+            program,
+            (),
+            dynamo=True,
+            input_names=["image"],
+            output_names=["logits"],
+            custom_translation_table={aten.remainder.Scalar: remainder},
+            verbose=False,
         )
     assert exported is not None
     exported.save(str(path))
