@@ -315,7 +315,8 @@ def lsh_attention(q: Tensor, v: Tensor, mask: Tensor | None, directions: Tensor,
     place = torch.arange(tokens, device=q.device)
     order = (bucket * tokens + place).argsort(dim=-1)
 
-    buckets = (tokens + size - 1) // size
+    # one bucket more than needed, so that there are always two: an exported program then holds for any number
+    buckets = (tokens + size - 1) // size + 1
     empty = buckets * size - tokens
     wide = F.pad(order, [0, empty])
     real = F.pad(_take(exists.reshape(-1, 1, tokens, 1).expand(-1, rounds, -1, -1), order).squeeze(3), [0, empty])
