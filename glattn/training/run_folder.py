@@ -93,27 +93,37 @@ def write_metrics(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw losses and accuracies over the epochs."""
+    """Draw losses and accuracies over the epochs, side by side."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    style = {"marker": "."} if len(rows) < 40 else {}
-    losses.plot(epochs, [row["train_loss"] for row in rows], label="training", **style)
-    losses.plot(epochs, [row["val_loss"] for row in rows], label="validation", **style)
-    accuracies.plot(epochs, [row["top1"] for row in rows], label="top-1", **style)
-    if rows[-1]["top5"] is not None:
-        accuracies.plot(epochs, [row["top5"] for row in rows], label="top-5", **style)
-    best = max(rows, key=lambda row: row["top1"])
-    accuracies.axhline(best["top1"], color="grey", linewidth=0.6)
-    accuracies.set_title(f"best top-1 {best['top1']:.2f}% (epoch {best['epoch']})", fontsize=10)
-    losses.set_title("loss, nats", fontsize=10)
-    for axes in (losses, accuracies):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    accuracies.set_ylabel("validation accuracy, %")
+    plot_losses(losses, rows)
+    plot_accuracies(accuracies, rows)
     save_figure(figure, path)
+
+
+def plot_losses(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Plot the losses of training and validation over the epochs."""
+    _plot(axes, rows, {"training": "train_loss", "validation": "val_loss"})
+    axes.set_title("loss, nats", fontsize=10)
+
+
+def plot_accuracies(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Plot the accuracies of validation over the epochs."""
+    _plot(axes, rows, {"top-1": "top1", "top-5": "top5"})
+    best = max(rows, key=lambda row: row["top1"])
+    axes.axhline(best["top1"], color="grey", linewidth=0.6)
+    axes.set_title(f"best top-1 {best['top1']:.2f}% (epoch {best['epoch']:g})", fontsize=10)
+    axes.set_ylabel("validation accuracy, %")
+
+
+def _plot(axes: Any, rows: Sequence[dict[str, Any]], lines: dict[str, str]) -> None:
+    style = {"marker": "."} if len(rows) < 40 else {}
+    for label, key in lines.items():
+        axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], label=label, **style)
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def thumbnail(image: Image.Image, side: int = 96) -> Image.Image:
