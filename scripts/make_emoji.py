@@ -1,0 +1,113 @@
+"""Make emoji, some 1,500 identities drawn by six hands of which one is seen in the test alone, from @iconify/json."""
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import manifest
+import numpy as np
+from iconify import PERMISSIVE, IconSet, Package, digest, draw, near_copies, open_package, small
+from make_icons import order
+from manifest import Entry
+from tqdm import tqdm
+
+MANIFEST = manifest.FOLDER / "emoji.csv.gz"
+SETS = ("noto", "noto-v1", "fxemoji", "twemoji", "emojione", "fluent-emoji-flat")
+HELD_OUT = "fluent-emoji-flat"
+LEAST, LEAST_FOR_VAL = 2, 4  # training drawings of an identity; and of one that gives a drawing to validation
+_TONE = re.compile(r"-(light|medium|dark)(-|$)|skin-tone")
+
+
+def letters(name: str) -> str:
+    """Return a name as all sets write it: one of them writes no hyphens."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def identities(sets: list[IconSet]) -> dict[str, dict[str, str]]:
+    """Return each identity's icon in each set: icons of one name, or of names that some set has for one drawing.
+
+    Where a set has two icons for what another takes for one, the one whose name says it is taken.
+    """
+    by_key: dict[str, dict[str, str]] = defaultdict(dict)
+    other: dict[str, str] = {}
+    for drawings in sets:
+        names = drawings.icons
+        for icon in names:
+            if not _TONE.search(icon):
+                by_key[letters(icon)].setdefault(drawings.name, icon)
+        for name, parent in drawings.other_names.items():
+            if parent in names:
+                other.setdefault(letters(name), letters(parent))
+    for name, parent in sorted(other.items()):
+        if name in by_key and parent in by_key and name != parent:
+            for set_name, icon in by_key.pop(name).items():
+                by_key[parent].setdefault(set_name, icon)
+    return by_key
+
+
+def choose(package: Package) -> list[Entry]:
+    """Return the data set's entries: what the held-out set and enough of the others draw, without near-copies."""
+    sets = {drawings.name: drawings for drawings in package.sets(list(SETS))}
+    forbidden = [name for name, drawings in sets.items() if drawings.licence not in PERMISSIVE]
+    if forbidden:
+        raise ValueError(f"these sets are not under a permissive licence: {', '.join(forbidden)}")
+    entries: list[Entry] = []
+    pictures: dict[Entry, np.ndarray] = {}
+    for _, icons in tqdm(sorted(identities(list(sets.values())).items()), desc="choosing", leave=False, disable=None):
+        training = sorted((name for name in icons if name != HELD_OUT), key=lambda name: order(name, icons[name]))
+        if HELD_OUT not in icons or len(training) < LEAST:
+            continue
+        label = icons[HELD_OUT]
+        val = training[0] if len(training) >= LEAST_FOR_VAL else None
+        mine = []
+        for name, icon in icons.items():
+            split = "test" if name == HELD_OUT else "val" if name == val else "train"
+            drawings, svg = sets[name], sets[name].svg(icon)
+            entry = Entry(split, label, name, icon, drawings.author, drawings.licence, digest(svg))
+            pictures[entry] = small(draw(svg, 64, grey=False))
+            mine.append(entry)
+        entries += mine
+    return drop_near_copies(entries, pictures)
+
+
+def drop_near_copies(entries: list[Entry], pictures: dict[Entry, np.ndarray]) -> list[Entry]:
+    """Return the entries without near-copies of training images, and without identities that then have no test."""
+    train = np.stack([pictures[entry] for entry in entries if entry.split == "train"])
+    rest = [entry for entry in entries if entry.split != "train"]
+    copies = near_copies(np.stack([pictures[entry] for entry in rest]), train)
+    dropped = {entry for entry, copy in zip(rest, copies, strict=True) if copy}
+    print(f"{len(dropped)} of {len(rest)} drawings held out are near-copies of training images: dropped")
+    tested = {entry.label for entry in entries if entry.split == "test" and entry not in dropped}
+    return sorted(entry for entry in entries if entry.label in tested and entry not in dropped)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--package", type=Path, help="folder or .tgz of the package (default: from the registry, by npm)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("data/iconify-json"), help="where it is unpacked (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="folder to make (%(default)s)")
+    parser.add_argument("--pixels", type=int, default=64, help="side of the images (%(default)s)")
+    parser.add_argument("--choose", action="store_true", help="make the manifest anew, instead of by it the folder")
+    args = parser.parse_args()
+    try:
+        package = open_package(args.package, args.cache)
+        if args.choose:
+            manifest.write(MANIFEST, choose(package))
+        entries = manifest.read(MANIFEST)
+        if not args.choose:
+            manifest.build(entries, package, args.out, pixels=args.pixels, grey=False)
+    except (ValueError, OSError) as error:
+        print(f"make_emoji: {error}", file=sys.stderr)
+        return 1
+    print(f"{MANIFEST.name if args.choose else args.out}: {manifest.summary(entries)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

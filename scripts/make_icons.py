@@ -1,0 +1,129 @@
+"""Make icons100, 100 kinds of icons by designers of whom 30% are seen in the test alone, from @iconify/json."""
+
+import argparse
+import hashlib
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import manifest
+import numpy as np
+from iconify import PERMISSIVE, IconSet, Package, digest, draw, near_copies, open_package, small
+from manifest import Entry
+from tqdm import tqdm
+
+MANIFEST = manifest.FOLDER / "icons100.csv.gz"
+NOT_ICONS = {"Logos", "Flags / Maps", "Emoji", "Programming"}
+CLASSES, PER_AUTHOR = 100, 4
+TEST, VAL = 0.3, 0.15  # of the authors, and of the training authors
+# words of a name that tell how it is drawn, not what
+STYLES = {
+    "baseline", "bold", "broken", "bulk", "duo", "duotone", "fill", "filled", "light", "line", "linear", "outline",
+    "outlined", "regular", "round", "rounded", "sharp", "solid", "stroke", "thin", "tone", "twotone",
+}  # fmt: skip
+_SIZE = re.compile(r"\d+(px)?")
+
+
+def label_of(icon: str) -> str:
+    """Return what an icon shows: its name without the words of style, size and number at either end."""
+    words = icon.split("-")
+
+    def style(word: str) -> bool:
+        return word in STYLES or _SIZE.fullmatch(word) is not None
+
+    while len(words) > 1 and style(words[-1]):
+        # "two-tone" is one word of style; "two" alone is a number, "sharp" and "line" go one by one
+        words = words[:-2] if words[-2:] == ["two", "tone"] and len(words) > 2 else words[:-1]
+    while len(words) > 1 and style(words[0]):
+        words = words[1:]
+    return "-".join(words)
+
+
+def order(*names: str) -> str:
+    """Return a key that sorts as if by chance, the same everywhere."""
+    return hashlib.sha256(":".join(names).encode()).hexdigest()
+
+
+def usable(drawings: IconSet) -> bool:
+    """Tell whether a set is of one colour, free to use, and of icons."""
+    about = drawings.about
+    return not about.get("palette") and drawings.licence in PERMISSIVE and about.get("category") not in NOT_ICONS
+
+
+def choose(package: Package, *, classes: int = CLASSES) -> list[Entry]:
+    """Return the data set's entries: commonest names, few variants an author, split by author, near-copies dropped."""
+    candidates: dict[str, dict[str, list[tuple[IconSet, str]]]] = defaultdict(lambda: defaultdict(list))
+    for drawings in package.sets(sorted(package.about)):
+        if usable(drawings):
+            for icon in drawings.icons:
+                candidates[label_of(icon)][drawings.author].append((drawings, icon))
+    counts = {label: sum(min(len(v), PER_AUTHOR) for v in by.values()) for label, by in candidates.items()}
+    labels = sorted(counts, key=lambda label: (-counts[label], label))[:classes]
+    splits = split_authors({author for label in labels for author in candidates[label]})
+    entries: dict[Entry, np.ndarray] = {}
+    for label in tqdm(sorted(labels), desc="choosing", unit=" classes", leave=False, disable=None):
+        for author, variants in candidates[label].items():
+            seen: set[str] = set()
+            for drawings, icon in sorted(variants, key=lambda v: order(v[0].name, v[1])):
+                svg = drawings.svg(icon)
+                if len(seen) == PER_AUTHOR or digest(svg) in seen:
+                    continue
+                values = small(draw(svg, 64, grey=True))
+                if values.min() > 0.9:  # nothing to see: an animation's first frame, or white on white
+                    continue
+                seen.add(digest(svg))
+                entry = Entry(splits[author], label, drawings.name, icon, author, drawings.licence, digest(svg))
+                entries[entry] = values
+    return drop_near_copies(entries)
+
+
+def split_authors(authors: set[str]) -> dict[str, str]:
+    """Return each author's split."""
+    shuffled = sorted(authors, key=lambda author: order("author", author))
+    test = round(TEST * len(shuffled))
+    val = test + round(VAL * (len(shuffled) - test))
+    return {a: "test" if n < test else "val" if n < val else "train" for n, a in enumerate(shuffled)}
+
+
+def drop_near_copies(entries: dict[Entry, np.ndarray]) -> list[Entry]:
+    """Return entries whose pictures are not nearly those of a split that is trained on before them."""
+    kept = [entry for entry in entries if entry.split == "train"]
+    for split in ("val", "test"):
+        mine = [entry for entry in entries if entry.split == split]
+        if mine and kept:
+            copies = near_copies(np.stack([entries[e] for e in mine]), np.stack([entries[e] for e in kept]))
+            print(f"{split}: {copies.sum()} of {len(mine)} are near-copies of images before it: dropped")
+            mine = [entry for entry, copy in zip(mine, copies, strict=True) if not copy]
+        kept += mine
+    return sorted(kept)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--package", type=Path, help="folder or .tgz of the package (default: from the registry, by npm)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("data/iconify-json"), help="where it is unpacked (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("data/icons100"), help="folder to make (%(default)s)")
+    parser.add_argument("--pixels", type=int, default=64, help="side of the images (%(default)s)")
+    parser.add_argument("--choose", action="store_true", help="make the manifest anew, instead of by it the folder")
+    args = parser.parse_args()
+    try:
+        package = open_package(args.package, args.cache)
+        if args.choose:
+            manifest.write(MANIFEST, choose(package))
+        entries = manifest.read(MANIFEST)
+        if not args.choose:
+            manifest.build(entries, package, args.out, pixels=args.pixels, grey=True)
+    except (ValueError, OSError) as error:
+        print(f"make_icons: {error}", file=sys.stderr)
+        return 1
+    print(f"{MANIFEST.name if args.choose else args.out}: {manifest.summary(entries)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Make Paths: are the two marked ends joined by one curve, among curves that lead elsewhere?
+
+Every image has four curves of one length that never touch, and two marks. Where the answer is yes, the marks are on
+the ends of one curve; where it is no, on ends of two, as far apart as that curve's are. So the answer is a matter of
+connection and of nothing else: neither ink, nor loose ends, nor the marks' distance tells it.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+SPLITS = {"train": 8000, "val": 1000, "test": 2000}
+CURVES = 4  # in an image: the pair that may be marked, and distractors
+SCALE = 4  # drawn so many times as large
+
+
+def walk(rng: np.random.Generator, free: np.ndarray, steps: int) -> list[tuple[int, int]] | None:
+    """Return cells of a random walk that keeps clear of what is taken and of itself; None if it gets stuck.
+
+    Args:
+        free: ``(side, side)``, cells that no other curve is on or beside.
+        steps: Length of the walk, cells.
+    """
+    side = len(free)
+    mine = np.zeros((side + 2, side + 2), bool)  # with a border
+    y, x = rng.integers(0, side, 2)
+    if not free[y, x]:
+        return None
+    cells = [(int(y), int(x))]
+    mine[y + 1, x + 1] = True
+    moves = [(-1, 0), (1, 0), (0, -1), (0, 1)]
+    heading = moves[rng.integers(4)]
+    while len(cells) < steps:
+        y, x = cells[-1]
+        for move in sorted(moves, key=lambda m: rng.random() - (1.0 if m == heading else 0.0) * 0.5):
+            a, b = y + move[0], x + move[1]
+            if not (0 <= a < side and 0 <= b < side and free[a, b] and not mine[a + 1, b + 1]):
+                continue
+            around = mine[a : a + 3, b : b + 3].copy()
+            around[1 - move[0], 1 - move[1]] = False  # the cell that it comes from
+            back = cells[-2] if len(cells) > 1 else None
+            if back is not None and abs(back[0] - a) <= 1 and abs(back[1] - b) <= 1:
+                around[back[0] - a + 1, back[1] - b + 1] = False  # a corner touches the cell before
+            if not around.any():
+                cells.append((a, b))
+                mine[a + 1, b + 1] = True
+                heading = move
+                break
+        else:
+            return None
+    return cells
+
+
+def curves(rng: np.random.Generator, side: int, steps: int) -> list[list[tuple[int, int]]]:
+    """Return curves of one length that keep a cell's distance from each other."""
+    while True:
+        free, found = np.ones((side, side), bool), []
+        for _ in range(400):
+            cells = walk(rng, free, steps)
+            if cells is None:
+                continue
+            found.append(cells)
+            for y, x in cells:
+                free[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] = False
+            if len(found) == CURVES:
+                return found
+
+
+def image(rng: np.random.Generator, joined: bool, pixels: int) -> Image.Image:
+    """Return one image: grey curves on white, a black disc at each marked end."""
+    side = pixels // 4  # a curve is a pixel wide, and three from the next
+    drawn = curves(rng, side, steps=round(1.25 * side))
+    ends = [drawn[0][0], drawn[0][-1]]
+    if not joined:  # ends of two curves, as far apart as those: distance tells nothing
+        pairs = [
+            (a, b)
+            for n, one in enumerate(drawn)
+            for two in drawn[:n]
+            for a in one[:: len(one) - 1]
+            for b in two[:: len(two) - 1]
+        ]
+        ends = list(min(pairs, key=lambda pair: (abs(math.dist(*pair) - math.dist(*ends)), pair)))
+    size = pixels * SCALE
+    cell = size / side
+    canvas = Image.new("L", (size, size), 255)
+    pen = ImageDraw.Draw(canvas)
+
+    def place(at: tuple[int, int]) -> tuple[float, float]:
+        return (at[1] + 0.5) * cell, (at[0] + 0.5) * cell
+
+    for cells in drawn:
+        pen.line([place(at) for at in cells], fill=110, width=round(0.3 * cell), joint="curve")
+    for at in ends:
+        x, y = place(at)
+        pen.ellipse((x - 0.42 * cell, y - 0.42 * cell, x + 0.42 * cell, y + 0.42 * cell), fill=0)
+    return canvas.resize((pixels, pixels), Image.Resampling.BOX)
+
+
+def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> None:
+    """Write train/, val/ and test/, half of each joined; moved into place when all are there.
+
+    Raises:
+        ValueError: The folder exists, or the images are too small for curves.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; remove it, or give another --out")
+    if pixels < 48:
+        raise ValueError(f"{pixels} pixels are too few for {CURVES} curves: give 48 or more")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        root = Path(temporary) / "out"
+        for number, (split, count) in enumerate(counts.items()):
+            for label in ("apart", "joined"):
+                (root / split / label).mkdir(parents=True)
+            for index in tqdm(range(count), desc=f"drawing {split}", leave=False, disable=None):
+                rng = np.random.default_rng([seed, number, index])  # each image by itself: any count, the same images
+                label = "joined" if index % 2 else "apart"
+                image(rng, label == "joined", pixels).save(root / split / label / f"{index:06d}.png")
+        shutil.move(root, folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder to make (data/paths64)")
+    parser.add_argument("--pixels", type=int, default=64, help="side of the images (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--counts", type=int, nargs=3, default=list(SPLITS.values()), metavar=("TRAIN", "VAL", "TEST"))
+    args = parser.parse_args()
+    folder = args.out or Path(f"data/paths{args.pixels}")
+    try:
+        build(folder, pixels=args.pixels, seed=args.seed, counts=dict(zip(SPLITS, args.counts, strict=True)))
+    except (ValueError, OSError) as error:
+        print(f"make_paths: {error}", file=sys.stderr)
+        return 1
+    print(f"{folder}: {', '.join(f'{count} {split}' for split, count in zip(SPLITS, args.counts, strict=True))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

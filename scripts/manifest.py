@@ -1,0 +1,111 @@
+"""Manifests of data sets of drawings: which drawing is in which split under which label; and folders made by them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from iconify import IconSet, Package, digest, draw
+from tqdm import tqdm
+
+FOLDER = Path(__file__).resolve().parents[1] / "data_manifests"
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, order=True)
+class Entry:
+    """One drawing of a data set.
+
+    Args:
+        split: train, val or test.
+        label: Its class.
+        set: The package's name of its set.
+        icon: The set's name of it.
+        author: Of the set: no author is in two splits of icons, and tests resample authors.
+        licence: SPDX name.
+        hash: Of its SVG, see `iconify.digest`.
+    """
+
+    split: str
+    label: str
+    set: str
+    icon: str
+    author: str
+    licence: str
+    hash: str
+
+    @property
+    def file(self) -> str:
+        """Where its picture is in the data set's folder."""
+        return f"{self.split}/{self.label}/{self.set}--{self.icon}.png"
+
+
+def read(path: Path) -> list[Entry]:
+    """Return a manifest's entries."""
+    with gzip.open(path, "rt", newline="") as file:
+        return [Entry(**row) for row in csv.DictReader(file)]
+
+
+def write(path: Path, entries: Iterable[Entry]) -> None:
+    """Write a manifest, sorted and without a date: the same entries make the same bytes."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Entry)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(entry) for entry in sorted(entries))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(gzip.compress(text.getvalue().encode(), 9, mtime=0))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def build(entries: Sequence[Entry], package: Package, folder: Path, *, pixels: int, grey: bool) -> None:
+    """Draw a manifest's entries as train/, val/ and test/, one folder a class; moved into place when all are there.
+
+    Raises:
+        ValueError: The folder exists, or a drawing is not the manifest's.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; remove it, or give another --out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sets = {drawings.name: drawings for drawings in package.sets(sorted({entry.set for entry in entries}))}
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        root = Path(temporary) / "out"
+        for entry in tqdm(entries, desc=f"drawing {folder.name}", unit=" images", leave=False, disable=None):
+            svg = _svg(sets[entry.set], entry)
+            target = root / entry.file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draw(svg, pixels, grey=grey).save(target)
+        shutil.move(root, folder)
+
+
+def _svg(drawings: IconSet, entry: Entry) -> str:
+    svg = drawings.svg(entry.icon) if entry.icon in drawings.data["icons"] else ""
+    if digest(svg) != entry.hash:
+        raise ValueError(
+            f"{entry.set}:{entry.icon} is not the drawing of the manifest: another version of the package?"
+        )
+    return svg
+
+
+def summary(entries: Sequence[Entry]) -> str:
+    """Return what a manifest holds, in one line."""
+    classes = Counter(entry.label for entry in entries)
+    parts = []
+    for split in SPLITS:
+        mine = [entry for entry in entries if entry.split == split]
+        parts.append(f"{len(mine)} {split} by {len({entry.author for entry in mine})} authors")
+    return (
+        f"{len(entries)} images, {len(classes)} classes of {min(classes.values())} to {max(classes.values())}, "
+        f"{len({entry.author for entry in entries})} authors: {', '.join(parts)}"
+    )

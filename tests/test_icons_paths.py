@@ -1,0 +1,85 @@
+"""Paths: labels against a flood fill, balance, no shortcut by distance, and the same images from the same seed."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import make_paths
+
+
+def components(ink):
+    """Return how many connected parts there are, and each pixel's part, by flooding (eight neighbours)."""
+    part = np.zeros(ink.shape, int)
+    count = 0
+    for start in zip(*np.nonzero(ink), strict=True):
+        if part[start]:
+            continue
+        count += 1
+        stack = [start]
+        part[start] = count
+        while stack:
+            y, x = stack.pop()
+            for b, a in ((y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)):
+                if 0 <= b < ink.shape[0] and 0 <= a < ink.shape[1] and ink[b, a] and not part[b, a]:
+                    part[b, a] = count
+                    stack.append((b, a))
+    return count, part
+
+
+def marks(values):
+    """Return the centre of each black disc."""
+    count, part = components(values < 40)
+    assert count == 2
+    return [np.argwhere(part == n + 1).mean(0) for n in range(2)]
+
+
+@pytest.mark.parametrize("pixels", [64, 128])
+def test_labels_are_what_a_flood_fill_says(pixels):
+    for index in range(60):
+        joined = bool(index % 2)
+        values = np.asarray(make_paths.image(np.random.default_rng(index), joined, pixels))
+        count, part = components(values < 245)
+        assert count == make_paths.CURVES, "curves touch, or one is broken"
+        first, second = (part[tuple(np.rint(at).astype(int))] for at in marks(values))
+        assert first
+        assert second
+        assert (first == second) == joined
+
+
+def test_neither_ink_nor_distance_tells_the_answer():
+    facts = {True: [], False: []}
+    for index in range(300):
+        joined = bool(index % 2)
+        values = np.asarray(make_paths.image(np.random.default_rng(1000 + index), joined, 64))
+        facts[joined].append((np.linalg.norm(np.subtract(*marks(values))), (255 - values).mean()))
+    for yes, no in zip(np.transpose(facts[True]), np.transpose(facts[False]), strict=True):
+        # the best threshold on the fact alone, in either direction
+        both, truth = np.concatenate([yes, no]), np.repeat([True, False], 150)
+        best = max(((both > t) == truth).mean() for t in both)
+        assert max(best, 1 - min(((both > t) == truth).mean() for t in both)) < 0.62
+
+
+def test_folders_are_balanced_whole_and_the_same_from_the_same_seed(tmp_path):
+    counts = {"train": 6, "val": 2, "test": 4}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_paths.build(tmp_path / name, pixels=64, seed=seed, counts=counts)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.png"))
+    assert len(files) == 12
+    for split, count in counts.items():
+        for label in ("joined", "apart"):
+            assert len(list((tmp_path / "a" / split / label).iterdir())) == count // 2
+    images = {name: [(tmp_path / name / f).read_bytes() for f in files] for name in "abc"}
+    assert images["a"] == images["b"]
+    assert not set(images["a"]) & set(images["c"])
+    assert len(set(images["a"])) == 12
+    with Image.open(tmp_path / "a" / files[0]) as first:
+        assert first.size == (64, 64)
+    with pytest.raises(ValueError, match="exists already"):
+        make_paths.build(tmp_path / "a", pixels=64, seed=0, counts=counts)
+    with pytest.raises(ValueError, match="too few"):
+        make_paths.build(tmp_path / "d", pixels=16, seed=0, counts=counts)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
