@@ -171,7 +171,7 @@ def _write_onnx(program: ExportedProgram, facts: Mapping[str, str], path: Path) 
     import torch
     from onnxscript import opset18
 
-    def remainder(self, other):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def remainder(self, other):  # type: ignore[no-untyped-def]  # noqa: ANN001
         """Cells counted by a size that is free, which the exporter's own translation takes for a number."""
         return opset18.Mod(self, opset18.CastLike(other, self))
 

@@ -55,6 +55,8 @@ def read_record(run: Path) -> Record:
     dataset = config.get("dataset")
     if isinstance(dataset, Mapping):
         dataset = dataset.get("name")
+    if not dataset and config.get("data"):
+        dataset = Path(str(config["data"])).resolve().name  # a folder of images goes by its own name
     return Record(
         metrics=_read(run / "best" / "metrics.json", json.loads) or {},
         dataset=str(dataset) if dataset else None,
