@@ -77,9 +77,10 @@ def save_state(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> 
     with tempfile.TemporaryDirectory(prefix=".state-", dir=_made(folder)) as temporary:
         written = Path(temporary) / "state.pt"
         try:
-            torch.save(state, written)
-        except RuntimeError as error:  # torch reports a full disk so
-            raise OSError(f"cannot write a checkpoint in {folder}: {str(error).splitlines()[0]}") from None
+            with written.open("wb") as file:  # not by name: torch's own writer hides why it failed
+                torch.save(state, file)
+        except (RuntimeError, OSError) as error:
+            raise OSError(f"cannot write a checkpoint in {folder}: {_reason(error)}") from None
         _sync(written)
         path = folder / f"step-{step:09d}.{_digest(written)}.pt"
         os.replace(written, path)
@@ -89,6 +90,16 @@ def save_state(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> 
     for other in set(others) - set(older[len(older) - (keep - 1) :]):
         other.unlink()
     return path
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the system said when a file could not be written; torch wraps it in words of its own."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+        found = found.__context__
+    return " ".join(str(error).split())
 
 
 def _made(folder: Path) -> Path:

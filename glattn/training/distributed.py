@@ -11,7 +11,6 @@ from accelerate.utils import ProjectConfiguration
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 from glattn.training.config import TrainConfig
@@ -38,6 +37,22 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError(f"accelerate: {' '.join(str(error).split())}") from None
 
 
+class _Sum(torch.autograd.Function):
+    """Sum over all processes; so is its gradient, as each process's loss depends on every share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
 class GlobalBatchNorm(nn.BatchNorm2d):
     """BatchNorm whose statistics are those of all processes' equal shares: torch's own takes no CPU tensors.
 
@@ -54,9 +69,9 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             shape = [1, -1] + [1] * (x.ndim - 2)
             wide = x.float()
             count = dist.get_world_size() * x.numel() / x.shape[1]
-            mean = all_reduce(wide.sum(axes)) / count
+            mean = _Sum.apply(wide.sum(axes)) / count
             centred = wide - mean.view(shape)
-            var = all_reduce(centred.square().sum(axes)) / count
+            var = _Sum.apply(centred.square().sum(axes)) / count
             out = centred * (var + self.eps).rsqrt().view(shape)
             if self.affine:
                 out = out * self.weight.view(shape) + self.bias.view(shape)
