@@ -1,0 +1,89 @@
+"""What the examples share in how they run: a thrifty training loop, whole files, and mistakes on one line."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def arguments(description: str, *, steps: int, output: str) -> argparse.ArgumentParser:
+    """Return the parser of the options that all examples have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="glattn_atto", help="backbone, by timm's name")
+    parser.add_argument("--steps", type=int, default=steps, help="steps of training")
+    parser.add_argument("--batch-size", type=int, default=8, help="scenes a step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--held-out", type=int, default=200, help="scenes of held-out digits to measure on")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder for model.pt, scores and pictures")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and scenes")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model: does it run at all?")
+    return parser
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> int:
+    """Run an example; a mistake of the user's is one line on standard error and status 1."""
+    args = parser.parse_args()
+    if args.quick:
+        args.model, args.steps, args.batch_size, args.held_out = "test_glattn", 3, 2, 4
+    try:
+        for name in ("steps", "batch_size", "held_out"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+        torch.manual_seed(args.seed)
+        main(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        # timm says of an unknown name that it is a RuntimeError
+        if isinstance(error, RuntimeError) and not str(error).startswith("Unknown model"):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(model: nn.Module, loss_of: Callable[[int], Tensor], *, steps: int, lr: float) -> None:
+    """Minimise the loss of each step with AdamW and one cycle of the rate; say how it goes.
+
+    Args:
+        model: The model, whose parameters are trained.
+        loss_of: From the number of a step to its loss.
+        steps: Steps.
+        lr: Highest learning rate.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15)
+    start, mean = time.monotonic(), None
+    for step in range(steps):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
+        if (step + 1) % 25 == 0 or step + 1 == steps:
+            seconds = time.monotonic() - start
+            left = seconds / (step + 1) * (steps - step - 1)
+            print(f"step {step + 1}/{steps}  loss {mean:.3f}  {seconds:.0f} s, {left:.0f} s left", flush=True)
+
+
+def write(path: Path, save: Callable[[Path], Any]) -> None:
+    """Have a file written beside its place and move it there when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_scores(path: Path, scores: dict[str, Any]) -> None:
+    """Write scores as JSON."""
+    write(path, lambda temporary: temporary.write_text(json.dumps(scores, indent=2) + "\n"))
