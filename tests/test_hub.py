@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from hub_client import Client, Failed, environment
@@ -406,37 +407,88 @@ def test_transformers_reads_the_repository_with_the_same_numbers(hub, client):
     assert result == ["TimmWrapperForImageClassification", True, True, True, True]
 
 
+def glattn(env: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "glattn", *arguments]
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=500)
+
+
 def test_the_whole_loop_gives_the_same_accuracy_to_the_digit(hub, new_client, tmp_path):
     pytest.importorskip("sklearn")
-    code = MAKE + textwrap.dedent("""
-        from sklearn.datasets import load_digits
-        digits = load_digits()
-        pictures = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-        pictures = torch.nn.functional.interpolate(pictures, size=32, mode="bilinear")
-        labels = torch.tensor(digits.target)
+    mine = environment(hub.endpoint, tmp_path / "trainer")
+    options = ["dataset=digits", "data=digits", "image_size=32", "lr=0.004", "warmup_epochs=0", "workers=0"]
+    options += ["model_args.stem_stride=2", "tracker=none", "device=cpu"]
+    trained = glattn(mine, tmp_path, "train", "--model", "test_glattn", "--run", "run", "--epochs", "1", *options)
+    assert trained.returncode == 0, trained.stderr
+    measured = json.loads((tmp_path / "run" / "best" / "metrics.json").read_text())
+    assert measured["top1"] > 30  # far above chance: something was learnt that could be lost
 
-        def validate(model):
-            with torch.inference_mode():
-                logits = model.eval()(pictures[1000:])
-            return float((logits.argmax(1) == labels[1000:]).float().mean()), logits.double().sum().item()
+    pushed = glattn(mine, tmp_path, "push", "run", "org/digits")
+    assert pushed.returncode == 0, pushed.stderr
+    files = hub.files("org/digits")
+    assert files["curve.png"] == (tmp_path / "run" / "curve.png").read_bytes()
+    card = files["README.md"].decode()
+    for said in (f"{measured['top1']:.4f}".rstrip("0").rstrip("."), "train --model test_glattn --run run", "digits"):
+        assert said in card
+
+    theirs = environment(hub.endpoint, tmp_path / "validator", None)
+    arguments = ["--data", "digits", "--device", "cpu", "--workers", "0", "--output", "found.json"]
+    validated = glattn(theirs, tmp_path, "validate", "hf-hub:org/digits", *arguments)
+    assert validated.returncode == 0, validated.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["top1"], found["top5"]) == (measured["top1"], measured["top5"])
+    assert found["loss"] == pytest.approx(measured["loss"], abs=1e-6)
+
+    usage = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
+    assert len(new_client(token=None).run(usage + "\nresult = list(names)")) == 10
+
+    # and on from there: a fine-tuning that starts at what was pulled
+    tuned = glattn(theirs, tmp_path, "train", "--model", "hf-hub:org/digits", "--run", "tuned", "--epochs", "1",
+                   "pretrained=true", "lr=1e-6", *[o for o in options if "stem" not in o and "lr" not in o])  # fmt: skip
+    assert tuned.returncode == 0, tuned.stderr
+    again = json.loads((tmp_path / "tuned" / "best" / "metrics.json").read_text())
+    assert abs(again["top1"] - measured["top1"]) < 10
+
+
+def test_a_run_without_a_best_model_is_refused_in_one_line(hub, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: test_glattn\n")
+    done = glattn(environment(hub.endpoint, tmp_path / "home"), tmp_path, "push", "run", "org/none")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "run: no model here: neither best/config.json nor config.json" in done.stderr
+    assert "org/none" not in hub.repos
+
+
+def test_forgetting_the_import_names_the_model(hub, client, new_client):
+    client('send("org/forgotten")')
+    bare = new_client().run
+    with pytest.raises(Failed, match="Unknown model.*test_glattn"):
+        bare('import timm; timm.create_model("hf-hub:org/forgotten", pretrained=True)')
+    one_import = 'import glattn; result = glattn.create_model("hf-hub:org/forgotten", pretrained=True).num_classes'
+    assert bare(one_import) == 3
+
+
+def test_a_size_and_windows_of_ones_own(client):
+    result = client("""
+        push(make(layout="window", window_size=7, position="bias", abs_pos="stem"), "org/windows")
+        sized = create_model("hf-hub:org/windows", pretrained=True, img_size=288, window_size=9).eval()
+        with torch.inference_mode():
+            result = list(sized(image).shape), bool(sized(image).isfinite().all())
     """)
-    trained = new_client("trainer").run(
-        code
-        + textwrap.dedent("""
-        torch.manual_seed(0)
-        model = timm.create_model("test_glattn", in_chans=1, num_classes=10, img_size=32, stem_stride=2)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for step in range(60):
-            batch = torch.randint(1000, (64,))
-            loss = torch.nn.functional.cross_entropy(model.train()(pictures[batch]), labels[batch])
-            optimizer.zero_grad(); loss.backward(); optimizer.step()
-        result = validate(model)
-        push(model, "org/digits", label_names=list("0123456789"),
-             record=Record(metrics={"top1": 100 * result[0]}, dataset="digits"))
-    """)
-    )
-    assert trained[0] > 0.5  # far above chance: something was learnt that could be lost
-    pulled = new_client("validator", token=None).run(
-        code + 'result = validate(timm.create_model("hf-hub:org/digits", pretrained=True))'
-    )
-    assert pulled == trained
+    assert result == [[2, 3], True]
+    message = fails(client, 'create_model("hf-hub:org/windows", pretrained=True, mlp_ratio=2.0)', "ValueError")
+    for said in ("mlp_ratio=2.0", "mlp_ratio=4.0", "in the checkpoint and", "fc1"):
+        assert said in message
+
+
+def test_the_guides_python_runs(hub, new_client):
+    pytest.importorskip("transformers")
+    guide = (Path(__file__).parents[1] / "docs" / "hub.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert len(blocks) == 4
+    first = new_client("first").run
+    assert first(blocks[0] + "\nresult = model.num_classes") == 3
+    reader = new_client("second", token=None).run
+    assert reader(blocks[1] + "\nresult = model.num_classes, backbone.feature_info.reduction()") == [5, [4, 8, 16, 32]]
+    assert reader(blocks[2] + "\nresult = model.pretrained_cfg['label_names']") == NAMES
+    assert reader(blocks[3] + "\nresult = classify.model.config.num_labels") == 3
