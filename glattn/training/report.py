@@ -153,7 +153,8 @@ def _classes(source: Source, predictions: Predictions) -> str:
     order = np.argsort(share, kind="stable")  # NaN, of classes whose images could not be read, is last
     note = f"<p>The {_MOST_CLASSES} worst of {classes} classes.</p>" if classes > _MOST_CLASSES else ""
     lines = "".join(
-        f'<tr><td class="name">{html.escape(source.class_names[n])}</td><td class="whole">{right[n]} of {totals[n]}</td>'
+        f'<tr><td class="name">{html.escape(source.class_names[n])}</td>'
+        f'<td class="whole">{right[n]} of {totals[n]}</td>'
         + (
             f'<td>{share[n]:.1%}</td><td><div class="meter"><i style="width:{share[n]:.0%}"></i></div></td></tr>'
             if totals[n]
