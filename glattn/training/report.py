@@ -42,7 +42,7 @@ thead .name { text-align: right; writing-mode: vertical-rl; transform: rotate(18
 td.strong { color: #fff; }
 .curves { display: flex; flex-wrap: wrap; gap: .5rem; }
 .curves img { flex: 1 1 18rem; min-width: 0; }
-.meter { background: var(--line); width: min(8rem, 20vw); height: .7rem; border-radius: 4px; overflow: hidden; }
+.meter { background: var(--line); width: min(8rem, 12vw); height: .7rem; border-radius: 4px; overflow: hidden; }
 .meter i { display: block; height: 100%; background: var(--bar); }
 .mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .75rem; }
 figure { margin: 0; font-size: .8rem; overflow-wrap: anywhere; } figure img { width: 100%; image-rendering: pixelated; }
