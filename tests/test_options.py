@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -238,3 +239,52 @@ def test_the_memory_of_scores_is_counted(monkeypatch):
     monkeypatch.setattr("glattn.layers.mechanism.use_fused_attn", lambda: False)
     config = MixerConfig(position="none", layout="full")
     assert held_bytes(config, 448) / held_bytes(config, 224) > 10
+
+
+# the documentation
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "mechanisms.md"
+EXAMPLES = re.findall(r"^    timm\.create_model\((.*)\)$", DOCS.read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("option", TABLES)
+def test_every_kind_is_documented(option):
+    text = DOCS.read_text()
+    for kind in TABLES[option]:
+        assert f"`{kind}`" in text, kind
+        if option != "context" and (option, kind) != ("cross_window", "none"):
+            assert re.search(rf"\*\*`{kind}`\*\*", text), kind
+
+
+def test_every_kind_and_option_is_switched_on_by_an_example():
+    """Kinds that are one option's alone by its keyword; what names a paper has its number."""
+    given = [eval(f"dict({example.split(',', 1)[1]})") for example in EXAMPLES]
+    for option, kinds in TABLES.items():
+        used = {kind for options in given for kind in _as_list(options.get(option))}
+        assert set(kinds) - used <= {"none"}, option
+    for name in timm.list_models("glattn_tiny_*", module="glattn"):
+        assert f"`{name}`" in DOCS.read_text()
+    assert len(re.findall(r"arXiv:\d{4}\.\d{5}", DOCS.read_text())) > 20
+
+
+def _as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_its_examples_run(example):
+    name, rest = example.split(",", 1)
+    given = eval(f"dict({rest})")
+    short = {"depths": (1, 1, 1, 1), "num_classes": 3}
+    timm.create_model(name.strip('"'), device="meta", **short, **given)
+    model = timm.create_model("test_glattn", head_dim=4, img_size=64, **short, **given).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 65, 43)).isfinite().all()
+
+
+def test_every_layout_is_in_the_picture():
+    source = (DOCS.parents[1] / "scripts" / "draw_layouts.py").read_text()
+    for kind in TABLES["layout"]:
+        assert f'layout="{kind}"\'' in source
+    assert "](layouts.png)" in DOCS.read_text()
+    assert (DOCS.parent / "layouts.png").exists()
