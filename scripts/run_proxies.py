@@ -1,0 +1,210 @@
+"""Train models from scratch on drawings by one recipe, choose each one's lr on val/, test it, compare on authors.
+
+For each model: the first seed at every lr; the lr with the better validation accuracy is kept; the other seeds at
+that. The test is seen once by the best checkpoint of each run, never chosen by. Rows are written run by run; a
+killed list goes on where it was.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bootstrap import compare
+
+FIELDS = (
+    "model", "data", "lr", "seed", "chosen", "val_top1", "test_top1", "test_images", "parameters", "epochs", "seconds",
+    "settings", "torch", "timm", "commit",
+)  # fmt: skip
+Row = dict[str, str]
+
+
+def write_csv(path: Path, fields: tuple[str, ...], rows: list[Row]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    aside.replace(path)
+
+
+def read_csv(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Proxies:
+    """The runs of one data set.
+
+    Args:
+        args: The command's.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.out: Path = args.out / args.data.name
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.path = self.out / "runs.csv"
+        self.rows = read_csv(self.path)
+        self.end = time.monotonic() + args.minutes * 60 if args.minutes else float("inf")
+
+    def run(self) -> bool:
+        """Do what is missing; tell whether all is done."""
+        for model in self.args.models:
+            first = []
+            for lr in self.args.lr:
+                row = self.one(model, lr, self.args.seeds[0])
+                if row is None:
+                    return False
+                first.append(row)
+            best = max(first, key=lambda row: (float(row["val_top1"]), -float(row["lr"])))
+            for row in self.rows:
+                if row["model"] == model and row["settings"] == self.settings:
+                    row["chosen"] = "yes" if row["lr"] == best["lr"] else "no"
+            for seed in self.args.seeds[1:]:
+                row = self.one(model, float(best["lr"]), seed)
+                if row is None:
+                    return False
+                row["chosen"] = "yes"
+            write_csv(self.path, FIELDS, self.rows)
+        return True
+
+    @property
+    def settings(self) -> str:
+        return " ".join([self.args.config.name, *self.args.settings])
+
+    def one(self, model: str, lr: float, seed: int) -> Row | None:
+        """Return a run's row, trained and tested unless it is there; None if the time is up."""
+        for row in self.rows:
+            if (row["model"], float(row["lr"]), int(row["seed"]), row["settings"]) == (model, lr, seed, self.settings):
+                return row
+        if time.monotonic() >= self.end:
+            return None
+        folder = self.folder(model, lr, seed)
+        print(f"{model} lr {lr:g} seed {seed}", flush=True)
+        begun = time.monotonic()
+        command = [
+            sys.executable, "-m", "glattn", "train", "--config", str(self.args.config), *self.args.settings,
+            f"data={self.args.data}", f"model={model}", f"lr={lr}", f"seed={seed}", f"run={folder}", "resume=auto",
+        ]  # fmt: skip
+        with (self.out / f"{folder.name}.log").open("a") as log:
+            if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
+                raise OSError(f"training failed: see {log.name}")
+        seconds = time.monotonic() - begun
+        row = {"model": model, "data": self.args.data.name, "lr": f"{lr:g}", "seed": str(seed), "chosen": ""}
+        row |= {"settings": self.settings, "seconds": f"{seconds:.0f}"} | finished(folder, self.args.data)
+        self.rows.append(row)
+        write_csv(self.path, FIELDS, self.rows)
+        print(f"  val {row['val_top1']} test {row['test_top1']} in {seconds / 60:.1f} min", flush=True)
+        return row
+
+    def folder(self, model: str, lr: float, seed: int) -> Path:
+        """Return a run's folder."""
+        return self.out / "-".join([model, f"{lr:g}", f"seed{seed}", *self.args.settings]).replace("/", "_")
+
+    def compare(self) -> list[Row]:
+        """Write and return the comparisons of the first model with each other one."""
+        found = []
+        runs = {model: [right(self.folder(model, float(r["lr"]), int(r["seed"])) / "test.csv")
+                        for r in self.rows if r["model"] == model and r["chosen"] == "yes"
+                        and r["settings"] == self.settings and int(r["seed"]) in self.args.seeds]
+                for model in self.args.models}  # fmt: skip
+        mine = self.args.models[0]
+        authors = authors_of(list(runs[mine][0]))
+        for other in self.args.models[1:]:
+            difference = compare(runs[mine], runs[other], authors)
+            found.append({
+                "model": mine, "other": other, "seeds": str(len(runs[mine])),
+                "points": f"{difference.points:.2f}", "low": f"{difference.low:.2f}", "high": f"{difference.high:.2f}",
+                "authors": str(difference.authors), "verdict": difference.verdict, "settings": self.settings,
+            })  # fmt: skip
+            interval = f"95% of resampled tests {difference.low:+.2f} to {difference.high:+.2f}"
+            print(f"{mine} less {other}: {difference.points:+.2f} points, {interval}: {difference.verdict}")
+        if found:
+            write_csv(self.out / "comparisons.csv", tuple(found[0]), found)
+        return found
+
+
+def finished(run: Path, data: Path) -> Row:
+    """Test a run's best checkpoint; write test.csv, one row an image; return what the run's row says of it."""
+    import torch
+
+    from glattn.training.classifier import open_checkpoint
+    from glattn.training.data import open_split
+    from glattn.training.validation import predict_source
+
+    classifier = open_checkpoint(str(run))
+    source = open_split(str(data / "test"), "", classifier.class_names)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    said = predict_source(
+        classifier.model.to(device), source, classifier.data_config, batch_size=256, workers=0, device=device
+    )
+    rows: list[Row] = []
+    for index, target, predicted in zip(said.index, said.target, said.predicted, strict=True):
+        path = Path(source.name(int(index)))
+        rows.append({"image": f"{path.parent.name}/{path.name}", "right": str(int(target == predicted))})
+    write_csv(run / "test.csv", ("image", "right"), rows)
+    environment: dict[str, Any] = json.loads((run / "environment.json").read_text())
+    best = json.loads((run / "best" / "metrics.json").read_text())
+    return {
+        "val_top1": f"{best['top1']:.3f}",
+        "test_top1": f"{said.metrics()['top1']:.3f}",
+        "test_images": str(len(rows)),
+        "parameters": str(sum(p.numel() for p in classifier.model.parameters())),
+        "epochs": str(len(read_csv(run / "metrics.csv"))),
+        "torch": environment["versions"]["torch"],
+        "timm": environment["versions"]["timm"],
+        "commit": (environment["commit"] or "")[:12],
+    }
+
+
+def right(path: Path) -> dict[str, bool]:
+    """Return which images a run named rightly."""
+    return {row["image"]: row["right"] == "1" for row in read_csv(path)}
+
+
+def authors_of(images: list[str]) -> dict[str, str]:
+    """Return each image's author. What no manifest names (Paths), or one author alone drew, is each by itself."""
+    import manifest
+
+    known = {}
+    for path in sorted(manifest.FOLDER.glob("*.csv.gz")):
+        known |= {f"{e.label}/{e.set}--{e.icon}.png": e.author for e in manifest.read(path) if e.split == "test"}
+    found = {image: known.get(image, image) for image in images}
+    return found if len(set(found.values())) > 1 else {image: image for image in images}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the recipe, for all models alike")
+    parser.add_argument(
+        "--models", nargs="+", required=True, help="timm models; the others are compared with the first"
+    )
+    parser.add_argument("--data", type=Path, default=Path("data/icons100"), help="folder with train, val, test")
+    parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"))
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--out", type=Path, default=Path("runs/proxies"))
+    parser.add_argument("--minutes", type=float, help="begin no run after this time; the same command goes on")
+    args = parser.parse_args()
+    try:
+        proxies = Proxies(args)
+        if not proxies.run():
+            print("time is up; the same command goes on")
+            return 0
+        proxies.compare()
+    except (ValueError, OSError) as error:
+        print(f"run_proxies: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The list of proxy runs: lr chosen on val alone, resumed, compared over authors."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import manifest
+import run_proxies
+from bootstrap import compare
+
+IMAGES = [f"i{n}" for n in range(200)]
+
+
+def answers(wrong):
+    return {image: int(image[1:]) not in wrong for image in IMAGES}
+
+
+def test_the_interval_is_wider_where_one_author_makes_the_difference():
+    many = {image: f"a{int(image[1:]) // 10}" for image in IMAGES}
+    mine, theirs = answers(set()), answers(set(range(10)))  # all the gain is one author's
+    by_author = compare([mine], [theirs], many)
+    by_image = compare([mine], [theirs], {image: image for image in IMAGES})
+    assert by_author.points == by_image.points == pytest.approx(5)
+    assert by_author.authors == 20
+    assert by_author.low == 0
+    assert by_author.verdict == "not told apart"
+    assert by_image.verdict == "better"
+    assert compare([theirs], [mine], {image: image for image in IMAGES}).verdict == "worse"
+
+
+def test_seeds_are_averaged_and_the_images_must_be_the_same():
+    authors = {image: image for image in IMAGES}
+    half = compare([answers(set()), answers(set(range(100)))], [answers(set(range(100)))] * 2, authors)
+    assert half.points == pytest.approx(25)
+    with pytest.raises(ValueError, match="same images"):
+        compare([answers(set())], [{"i0": True}], authors)
+
+
+def test_authors_are_the_manifests_and_one_author_is_no_sample():
+    emoji = [
+        f"{e.label}/{e.set}--{e.icon}.png" for e in manifest.read(manifest.FOLDER / "emoji.csv.gz") if e.split == "test"
+    ]
+    assert run_proxies.authors_of(emoji) == {image: image for image in emoji}
+    icons = {
+        f"{e.label}/{e.set}--{e.icon}.png": e.author
+        for e in manifest.read(manifest.FOLDER / "icons100.csv.gz")
+        if e.split == "test"
+    }
+    assert run_proxies.authors_of(list(icons)) == icons
+
+
+@pytest.fixture
+def proxies(tmp_path, monkeypatch):
+    """Return a maker of lists whose trainings are pretended: the higher lr is better on val, worse on test."""
+    trained = []
+
+    def train(command, **_):
+        said = dict(part.split("=") for part in command if "=" in part)
+        trained.append((said["model"], float(said["lr"]), int(said["seed"])))
+        folder = Path(said["run"])
+        folder.mkdir(parents=True)
+        wrong = set(range(50)) if said["model"] == "b" else set()
+        rows = [{"image": image, "right": str(int(ok))} for image, ok in answers(wrong).items()]
+        run_proxies.write_csv(folder / "test.csv", ("image", "right"), rows)
+        return SimpleNamespace(returncode=int(said["model"] == "fails"))
+
+    def finished(run, data):
+        high = "0.002" in run.name
+        return {"val_top1": "80" if high else "70", "test_top1": "60" if high else "90"}
+
+    monkeypatch.setattr(run_proxies.subprocess, "run", train)
+    monkeypatch.setattr(run_proxies, "finished", finished)
+
+    def make(*models, minutes=None):
+        args = SimpleNamespace(models=models, data=tmp_path / "data", config=Path("icons.yaml"), lr=[1e-3, 2e-3],
+                               seeds=[0, 1, 2], out=tmp_path / "out", minutes=minutes, settings=[])  # fmt: skip
+        return run_proxies.Proxies(args)
+
+    return make, trained
+
+
+def test_lr_is_chosen_on_val_and_the_other_seeds_follow_it(proxies):
+    make, trained = proxies
+    done = make("a", "b")
+    assert done.run()
+    assert trained == [(m, lr, seed) for m in "ab" for lr, seed in ((1e-3, 0), (2e-3, 0), (2e-3, 1), (2e-3, 2))]
+    assert [row["chosen"] for row in done.rows] == ["no", "yes", "yes", "yes"] * 2
+    found = done.compare()
+    assert (found[0]["points"], found[0]["seeds"], found[0]["verdict"]) == ("25.00", "3", "better")
+    assert (done.out / "comparisons.csv").exists()
+
+
+def test_a_list_goes_on_where_it_was(proxies):
+    make, trained = proxies
+    assert make("a").run()
+    rows = run_proxies.read_csv(make("a").path)
+    trained.clear()
+    assert not make("a", "b", minutes=1e-12).run()
+    assert trained == []
+    assert make("a", "b").run()
+    assert {model for model, _, _ in trained} == {"b"}
+    assert run_proxies.read_csv(make("a").path)[:4] == rows
+
+
+def test_a_training_that_fails_is_said(proxies):
+    make, _ = proxies
+    with pytest.raises(OSError, match=r"see .*\.log"):
+        make("fails").run()
