@@ -20,8 +20,9 @@ setup: $(VENV)/.stamp
 finetune: setup
 	$(RUN)/glattn train --config configs/digits.yaml
 
+# two processes of one thread each
 test: setup
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: setup
 	$(RUN)/ruff format --check .
