@@ -7,11 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import image_folders
 import pytest
+import torch
 import training_runs as runs
+from accelerate.utils import DistributedType
 from training_runs import SMALL, assert_same
+
+from glattn.training import distributed
+from glattn.training.config import TrainConfig
 
 # nothing is drawn for a whole batch (mixup, dropout): that is drawn by each process for its share
 OPTIONS = (*SMALL, "epochs=3", "schedule=constant", "lr=0.002", "warmup_epochs=0", "workers=1", "ema_decay=0.5",
@@ -32,13 +38,18 @@ def images(tmp_path_factory):
 
 
 def command(launcher, folder, *options):
-    return [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "glattn", "train", f"run={folder}", *OPTIONS, *options]
+    device = "device=auto" if launcher == "torchrun" else "device=cpu"  # accelerate's own launcher asks for it
+    train = ["-m", "glattn", "train", f"run={folder}", *OPTIONS, device, *options]
+    return [sys.executable, "-m", *LAUNCHERS[launcher], *train]
+
+
+ENVIRONMENT = {**runs.one_thread(), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(launcher, folder, *options):
     """Train in two processes and return what they printed."""
     ended = subprocess.run(command(launcher, folder, *options), capture_output=True, text=True, check=False,
-                           env=runs.one_thread(), timeout=500)  # fmt: skip
+                           env=ENVIRONMENT, timeout=500)  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
@@ -104,7 +115,7 @@ def test_a_killed_run_of_two_is_resumed(processes, images, one, two, tmp_path):
     """By two processes to the bit; by one as near as one process is to two."""
     folder = tmp_path / "run"
     with (tmp_path / "log").open("w") as log:
-        launcher = subprocess.Popen(command("torchrun", folder, images), stdout=log, stderr=log, env=runs.one_thread())
+        launcher = subprocess.Popen(command("torchrun", folder, images), stdout=log, stderr=log, env=ENVIRONMENT)
         while not (folder / "metrics.csv").exists():
             assert launcher.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.01)
@@ -134,6 +145,21 @@ def test_two_processes_go_on_with_a_run_of_one(images, one, two, tmp_path):
 @pytest.mark.slow
 def test_a_refusal_ends_both_processes(images, two):
     ended = subprocess.run(command("torchrun", two[0], images), capture_output=True, text=True, check=False,
-                           env=runs.one_thread(), timeout=200)  # fmt: skip
+                           env=ENVIRONMENT, timeout=200)  # fmt: skip
     assert ended.returncode != 0
     assert f"glattn train: {two[0]} holds a run already" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "launched", "message"),
+    [
+        ("FSDP", 1, "training with FSDP is not supported: every process holds the whole model; leave it out"),
+        ("NO", 2, "2 processes were launched, but each would train alone on mps; device=cpu trains them together"),
+    ],
+)
+def test_launches_that_would_go_wrong_are_refused(kind, launched, message, monkeypatch):
+    made = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=1, device=torch.device("mps"))
+    monkeypatch.setattr(distributed, "Accelerator", lambda **options: made)
+    monkeypatch.setenv("WORLD_SIZE", str(launched))
+    with pytest.raises(ValueError, match=message):
+        distributed.start_accelerator(TrainConfig())

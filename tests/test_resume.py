@@ -20,7 +20,11 @@ RICH = (*SMALL, "epochs=2", "lr=0.03", "workers=1", "ema_decay=0.5", "drop_path_
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return f"data={image_folders.write_folder(tmp_path_factory.mktemp('images'))}"
+    """Of each colour eight and four, one of each kind unreadable."""
+    folder = image_folders.write_folder(tmp_path_factory.mktemp("images"))
+    image_folders.spoil(folder / "train" / "red" / "003.png", "truncated")
+    image_folders.spoil(folder / "val" / "blue" / "001.png", "truncated")
+    return f"data={folder}"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,7 @@ def reference(images, tmp_path_factory):
     assert ended.status == 0, ended.output
     assert "resumed" not in ended.output
     assert runs.best_metrics(folder)["epoch"] == 2, "the tests count on best/ being written twice"
+    assert len((folder / "skipped.txt").read_text().splitlines()) == 2
     return folder
 
 
@@ -94,7 +99,7 @@ def test_leftovers_of_killed_runs_are_swept(reference, images, halted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("number", range(1, 15))
+@pytest.mark.parametrize("number", range(1, 16))
 def test_killed_at_every_move_of_a_file(number, when, reference, images, tmp_path):
     folder = tmp_path / "run"
     ended = runs.run(folder, *RICH, images, hook=runs.die_moving, arguments=(number, when))

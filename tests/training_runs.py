@@ -197,7 +197,7 @@ def last_state(folder: Path):
     state = torch.load(list_states(folder / "checkpoints")[-1], weights_only=True)
     for row in [*state["progress"]["rows"], state["progress"]["best"]]:
         row.pop("images_per_second", None)
-    for name in ("run", "resume", "workers"):
+    for name in ("run", "resume", "workers", "device"):
         del state["config"][name]
     return state
 
@@ -224,6 +224,8 @@ def assert_same_run(folder: Path, reference: Path):
     """Assert that a run left what another did: state, exported model, metrics, and nothing half-written."""
     assert_same(last_state(folder), last_state(reference))
     assert metrics(folder) == metrics(reference)
+    if (reference / "skipped.txt").exists():
+        assert (folder / "skipped.txt").read_text() == (reference / "skipped.txt").read_text()
     for name in ("model.safetensors", "config.json", "metrics.json"):
         assert (folder / "best" / name).read_bytes() == (reference / "best" / name).read_bytes(), name
     assert files(folder) == files(reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from glattn.training.config import TrainConfig
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Make the accelerator that a configuration describes."""
+    """Make the accelerator that a configuration describes.
+
+    Raises:
+        ValueError: accelerate refuses it, or it was launched for what this loop does not do.
+    """
     tracker = config.tracker
     if tracker == "auto":
         tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
@@ -25,8 +30,9 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     try:
-        return Accelerator(
-            cpu=config.device == "cpu",
+        accelerator = Accelerator(
+            # told so even where there is nothing else: accelerate would let torchrun's processes run alone
+            cpu=config.device == "cpu" or not torch.accelerator.is_available(),
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulate,
             log_with=None if tracker == "none" else tracker,
@@ -35,6 +41,15 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise ValueError(f"accelerate: {' '.join(str(error).split())}") from None
+    kind, launched = accelerator.distributed_type.name, int(os.environ.get("WORLD_SIZE", "1"))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"training with {kind} is not supported: every process holds the whole model; leave it out")
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but each would train alone on {accelerator.device.type}; "
+            "device=cpu trains them together on CPUs"
+        )
+    return accelerator
 
 
 class _Sum(torch.autograd.Function):

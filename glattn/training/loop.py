@@ -85,6 +85,7 @@ class Trainer:
             self.task.setup_ema(decay=config.ema_decay, use_warmup=config.ema_warmup)
         self.scheduler = make_scheduler(config, self.optimizer, self.steps)
         self.progress = Progress()
+        self.seen: list[torch.Tensor] = []  # [asked, given] of the batches since `note_bad`
         self._restore()
         self.eval_model = self._evaluated()
         if config.compile:
@@ -198,7 +199,7 @@ class Trainer:
             bar.update(progress.step * size)
             for number, (images, places) in enumerate(self.train_loader, progress.step * parts):
                 data.seed_everything(self.config.seed, progress.epoch, number, accelerator.process_index)
-                self.note_bad(places)
+                self.seen.append(places[:, 1:])
                 images, targets = self.augment(images, places[:, 0], progress.epoch)
                 with accelerator.accumulate(self.task.trainable_module):
                     with accelerator.autocast():
@@ -222,9 +223,11 @@ class Trainer:
                     progress.loss_sum += self.mean_over_processes(device_sum)
                     device_sum.zero_()
                     self.refuse_infinite(progress.loss_sum)
+                    self.note_bad()
                     self.save()
         loss_sum = progress.loss_sum + self.mean_over_processes(device_sum)
         self.refuse_infinite(loss_sum)
+        self.note_bad()
         return loss_sum / (self.steps * parts)
 
     def run(self) -> Path:
@@ -275,12 +278,14 @@ class Trainer:
             with self.survive("best/ keeps the model before"):
                 self.export(predictions)
                 progress.best = row
+        if self.main:
+            with self.survive("skipped.txt is behind"):
+                self.list_bad(predictions)
         progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        self.save()
+        self.save()  # what comes before is done again if it was cut off; what comes after, at the end of `run`
         if self.main:
             with self.survive("metrics.csv and curve.png are behind"):
                 run_folder.write_metrics(self.folder, progress.rows)
-                self.list_bad(predictions)
         progress.best = broadcast_object_list([progress.best])[0]
 
     def export(self, predictions: Predictions) -> None:
@@ -336,14 +341,16 @@ class Trainer:
         """Return the mean of a number over the processes."""
         return float(self.accelerator.reduce(value.clone(), reduction="mean"))
 
-    def note_bad(self, places: torch.Tensor) -> None:
-        """Remember which images of a batch could not be read."""
-        if places.device.type == "cpu" or self.config.bad_images == "skip":
-            replaced = places[places[:, 1] != places[:, 2], 1].tolist()
-            for index in replaced:
-                name = self.train_source.name(index)
-                if name not in self.progress.bad:
-                    self.progress.bad.append(name)
+    def note_bad(self) -> None:
+        """Remember which of the images seen since the last call could not be read.
+
+        Not after each step: to look would make the device wait.
+        """
+        if self.seen:
+            asked, given = torch.cat(self.seen).unbind(1)
+            self.seen.clear()
+            found = {self.train_source.name(index) for index in asked[asked != given].tolist()}
+            self.progress.bad = sorted(found.union(self.progress.bad))
 
     def list_bad(self, predictions: Predictions) -> None:
         """Write and announce which images were left out."""
