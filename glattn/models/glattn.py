@@ -135,7 +135,7 @@ class GLAttn(nn.Module):
         | Performer's, Reformer's random vectors | orthogonal, and plain, Gaussian |
         | relative embeddings of augmented convolution | truncated normal, variance 1 / head_dim |
         """
-        for module in self.modules():
+        for module in reversed(list(self.modules())):  # parts before the whole, whose word is the last
             if isinstance(module, nn.Conv2d | nn.Linear):
                 pointwise = isinstance(module, nn.Linear) or module.kernel_size == (1, 1)
                 if pointwise:
