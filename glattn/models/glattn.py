@@ -15,6 +15,7 @@ from glattn.config import GLAttnConfig, check_choice, check_rate
 from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.stages import Stage, Stem, ceil_size
 from glattn.models.variants import VARIANTS
+from glattn.models.weights import reading_checkpoint
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
 
@@ -295,20 +296,24 @@ default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(
-        GLAttn,
-        variant,
-        pretrained,
-        model_cfg=VARIANTS[variant],
-        feature_cfg={
-            "out_indices": tuple(range(5 if kwargs.get("stem_features") else 4)),
-            "flatten_sequential": True,
-        },
-        pretrained_filter_fn=partial(
-            checkpoint_filter_fn, features_only=kwargs.get("features_only", False), cache_dir=kwargs.get("cache_dir")
-        ),
-        **kwargs,
-    )
+    source = {name: kwargs.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    with reading_checkpoint(variant, pretrained, **source):
+        return build_model_with_cfg(
+            GLAttn,
+            variant,
+            pretrained,
+            model_cfg=VARIANTS[variant],
+            feature_cfg={
+                "out_indices": tuple(range(5 if kwargs.get("stem_features") else 4)),
+                "flatten_sequential": True,
+            },
+            pretrained_filter_fn=partial(
+                checkpoint_filter_fn,
+                features_only=kwargs.get("features_only", False),
+                cache_dir=kwargs.get("cache_dir"),
+            ),
+            **kwargs,
+        )
 
 
 def _entry_point(variant: str) -> Any:
