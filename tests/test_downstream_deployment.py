@@ -1,0 +1,107 @@
+"""Deployed forms of the folded model: the same numbers at other batches and sizes, and tensors that exporters take."""
+
+import importlib.util
+import shutil
+
+import pytest
+import timm
+import torch
+from models import randomize, relative
+from timm.utils import reparameterize_model
+
+from glattn.export import FORMATS, export
+from glattn.models.variants import VARIANTS
+
+SHAPES = [(batch, 3, *size) for size in ((224, 224), (256, 256), (192, 320)) for batch in (1, 3, 8)]
+# mobile runtimes refuse tensors of more dimensions
+MOST_DIMENSIONS = 5
+
+
+def _runner(to, path):
+    """Return a function from images to logits by the file's runtime."""
+    if to == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+    if to == "openvino":
+        import openvino
+
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
+    return torch.export.load(path).module()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return randomize(timm.create_model("test_glattn", num_classes=7))
+
+
+@torch.no_grad()
+def check(model, run):
+    """Compare a runtime with the model that is not folded, at every batch and size."""
+    for shape in SHAPES:
+        x = torch.randn(shape)
+        assert relative(run(x), model(x)) < 1e-4, shape
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("to", FORMATS)
+def test_exported_files_give_the_model_s_numbers(model, to, tmp_path):
+    if missing := [name for name in FORMATS[to].needs if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} is missing")
+    check(model, _runner(to, export(model, to, tmp_path / f"model{FORMATS[to].suffix}").path))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_aot_inductor_gives_the_model_s_numbers(model, tmp_path):
+    """Of the program that `glattn export` writes, compiled ahead of time."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is missing")
+    program = torch.export.load(export(model, "torch-export", tmp_path / "model.pt2").path)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+    check(model, torch._inductor.aoti_load_package(package))
+
+
+def _ranks(graph):
+    """Return the rank of each tensor that a node makes, by the node's name."""
+    ranks = {}
+    for node in graph.nodes:
+        values = node.meta.get("val")
+        for value in values if isinstance(values, (tuple, list)) else (values,):
+            if isinstance(value, torch.Tensor):
+                ranks[f"{node.name} ({node.target})"] = max(value.ndim, ranks.get(node.name, 0))
+    return ranks
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_no_tensor_of_the_graph_has_more_than_five_dimensions(model, decomposed):
+    program = torch.export.export(reparameterize_model(model), (torch.randn(2, 3, 128, 160),))
+    if decomposed:
+        program = program.run_decompositions()
+    ranks = _ranks(program.graph)
+    assert len(ranks) > 100
+    assert {name: rank for name, rank in ranks.items() if rank > MOST_DIMENSIONS} == {}
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nor_that_of_any_variant(name):
+    """At its own widths and mixers, a block or two a stage."""
+    model = timm.create_model(name, depths=(2, 2, 1, 1), dims=(32, 32, 64, 64), head_dim=16).eval()
+    program = torch.export.export(reparameterize_model(model), (torch.randn(2, 3, 128, 160),))
+    ranks = _ranks(program.run_decompositions().graph)
+    assert {name: rank for name, rank in ranks.items() if rank > MOST_DIMENSIONS} == {}
+
+
+@pytest.mark.export
+def test_nor_that_of_the_onnx_file(model, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    path = export(model, "onnx", tmp_path / "model.onnx").path
+    graph = onnx.shape_inference.infer_shapes(onnx.load(str(path))).graph
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.output)}
+    assert len(ranks) > 50
+    assert max(ranks.values()) <= MOST_DIMENSIONS
