@@ -85,11 +85,19 @@ def save_state(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> 
         path = folder / f"step-{step:09d}.{_digest(written)}.pt"
         os.replace(written, path)
     _sync(folder)
-    others = [other for other in list_states(folder) if other != path]
-    older = [other for other in others if int(other.name[5:14]) < step]
-    for other in set(others) - set(older[len(older) - (keep - 1) :]):
-        other.unlink()
+    for other in folder.glob(f"step-{step:09d}.*.pt"):
+        if other != path:
+            other.unlink()
+    prune(folder, step=step, keep=keep)
     return path
+
+
+def prune(folder: Path, *, step: int, keep: int) -> None:
+    """Leave the last `keep` states up to a step."""
+    states = list_states(folder)
+    kept = [path for path in states if int(path.name[5:14]) <= step][-keep:]
+    for path in set(states) - set(kept):
+        path.unlink()
 
 
 def _reason(error: BaseException) -> str:

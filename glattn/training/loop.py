@@ -257,6 +257,7 @@ class Trainer:
         if self.main:  # what a full disk did not take has its last chance; metrics.csv may also wait since a kill
             if not self.saved:
                 self.write_state()
+            checkpoint.prune(states, step=progress.epoch * self.steps, keep=config.keep)
             run_folder.write_metrics(self.folder, progress.rows)
         return self.folder
 
