@@ -1,15 +1,13 @@
 """Make icons100, 100 kinds of icons by designers of whom 30% are seen in the test alone, from @iconify/json."""
 
-import argparse
 import hashlib
 import re
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import manifest
 import numpy as np
-from iconify import PERMISSIVE, IconSet, Package, digest, draw, near_copies, open_package, small
+from iconify import PERMISSIVE, IconSet, Package, digest, draw, near_copies, small
 from manifest import Entry
 from tqdm import tqdm
 
@@ -100,29 +98,7 @@ def drop_near_copies(entries: dict[Entry, np.ndarray]) -> list[Entry]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--package", type=Path, help="folder or .tgz of the package (default: from the registry, by npm)"
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=Path("data/iconify-json"), help="where it is unpacked (%(default)s)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("data/icons100"), help="folder to make (%(default)s)")
-    parser.add_argument("--pixels", type=int, default=64, help="side of the images (%(default)s)")
-    parser.add_argument("--choose", action="store_true", help="make the manifest anew, instead of by it the folder")
-    args = parser.parse_args()
-    try:
-        package = open_package(args.package, args.cache)
-        if args.choose:
-            manifest.write(MANIFEST, choose(package))
-        entries = manifest.read(MANIFEST)
-        if not args.choose:
-            manifest.build(entries, package, args.out, pixels=args.pixels, grey=True)
-    except (ValueError, OSError) as error:
-        print(f"make_icons: {error}", file=sys.stderr)
-        return 1
-    print(f"{MANIFEST.name if args.choose else args.out}: {manifest.summary(entries)}")
-    return 0
+    return manifest.command(__doc__, MANIFEST, choose, folder="data/icons100", grey=True)
 
 
 if __name__ == "__main__":

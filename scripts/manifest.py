@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gzip
 import io
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from iconify import IconSet, Package, digest, draw
+from iconify import IconSet, Package, digest, draw, open_package
 from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parents[1] / "data_manifests"
@@ -109,3 +111,30 @@ def summary(entries: Sequence[Entry]) -> str:
         f"{len(entries)} images, {len(classes)} classes of {min(classes.values())} to {max(classes.values())}, "
         f"{len({entry.author for entry in entries})} authors: {', '.join(parts)}"
     )
+
+
+def command(text: str, path: Path, choose: Callable[[Package], list[Entry]], *, folder: str, grey: bool) -> int:
+    """Run a data set's script: make the manifest at `path`, or by it the folder; return its exit status."""
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument(
+        "--package", type=Path, help="folder or .tgz of the package (default: from the registry, by npm)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("data/iconify-json"), help="where it is unpacked (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path(folder), help="folder to make (%(default)s)")
+    parser.add_argument("--pixels", type=int, default=64, help="side of the images (%(default)s)")
+    parser.add_argument("--choose", action="store_true", help="make the manifest anew, instead of by it the folder")
+    args = parser.parse_args()
+    try:
+        package = open_package(args.package, args.cache)
+        if args.choose:
+            write(path, choose(package))
+        entries = read(path)
+        if not args.choose:
+            build(entries, package, args.out, pixels=args.pixels, grey=grey)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    print(f"{path.name if args.choose else args.out}: {summary(entries)}")
+    return 0
