@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status: 0 done, 1 the user's input or data is at fault.
+    """Run one subcommand and return its exit status: 0 done, 1 the user's input or data is at fault, 130 interrupted.
 
     A ``ValueError`` or ``OSError`` that a command raises is printed as one line on standard error; anything
     else is a defect of ours and keeps its traceback.
@@ -39,4 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"glattn {args.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"glattn {args.command}: interrupted", file=sys.stderr)
+        return 130
     return status

@@ -343,6 +343,15 @@ def test_mistakes_in_recipes_name_the_recipe(tmp_path, capsys):
     assert "no images given" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glattn.training.loop.train", interrupted)
+    assert main(["train", "--data", "anything"]) == 130
+    assert "--resume auto" in capsys.readouterr().err
+
+
 def test_configuration_survives_yaml_and_help_lists_every_key(tmp_path, capsys):
     config = TrainConfig.read(None, ["lr=1e-4", "model_args.head_dim=16", "hflip=0", "layer_decay=0.7", "freeze=none"])
     assert (config.lr, config.model_args, config.hflip, config.layer_decay) == (1e-4, {"head_dim": 16}, 0.0, 0.7)

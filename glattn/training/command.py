@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from glattn.training.config import TrainConfig, help_text
 
@@ -41,6 +42,11 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         train(config)
+    except KeyboardInterrupt:
+        print(
+            "\nthe same command with --resume auto (and --run FOLDER) goes on from the last checkpoint", file=sys.stderr
+        )
+        raise
     finally:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
