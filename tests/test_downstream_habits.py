@@ -223,7 +223,8 @@ def test_static_int8_loses_less_than_a_point_on_digits(tmp_path):
 
     quantize_static(
         str(tmp_path / "ready.onnx"), str(tmp_path / "int8.onnx"), Calibration(),
-        per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        # unsigned activations saturate on CPUs without VNNI, and cost a point there
+        per_channel=True, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
     )  # fmt: skip
 
     def accuracy(path):
