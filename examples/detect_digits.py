@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from digit_scenes import CLASSES, Digits, Scene
 from matplotlib import pyplot as plt
-from running import arguments, run, train, write, write_scores
+from running import arguments, image_of, run, train, warm_up, write, write_scores
 from scores import average_precisions
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -32,6 +32,7 @@ ASPECTS = (0.8, 1.25, 2.0)  # height over width
 def detector(kind: str, model: str) -> nn.Module:
     """Return a torchvision detector whose class 0 is the background, for objects of about 16 to 64 pixels."""
     sizes = {"min_size": 128, "max_size": 256, "num_classes": len(CLASSES) + 1}
+    sizes |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}  # images come normalised
     if kind == "faster_rcnn":
         backbone = fpn_backbone(model, out_channels=64, extra="pool")
         anchors = AnchorGenerator(((16,), (24,), (36,), (54,), (80,)), (ASPECTS,) * 5)
@@ -45,8 +46,7 @@ def detector(kind: str, model: str) -> nn.Module:
 
 def tensors(scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
     """Return an image and its target as torchvision's detectors take them."""
-    image = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 255
-    return image, {"boxes": torch.from_numpy(scene.boxes), "labels": torch.from_numpy(scene.labels) + 1}
+    return image_of(scene), {"boxes": torch.from_numpy(scene.boxes), "labels": torch.from_numpy(scene.labels) + 1}
 
 
 @torch.inference_mode()
@@ -87,11 +87,14 @@ def main(args: argparse.Namespace) -> None:
     model = detector(args.detector, args.model).to(memory_format=torch.channels_last)
     print(f"{args.detector} on {args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
 
+    warm_up(model.backbone.body, steps=args.warm_up, lr=args.lr, seed=args.seed)
+
     def loss_of(step: int) -> Tensor:
-        batch = [tensors(digits.scene((args.seed, step, i))) for i in range(args.batch_size)]
+        batch = [tensors(digits.scene((args.seed, 0, step, i))) for i in range(args.batch_size)]
         losses = model(*map(list, zip(*batch, strict=True)))
         return sum(losses.values(), start=torch.zeros(()))
 
+    print("training on scenes")
     train(model.train(), loss_of, steps=args.steps, lr=args.lr)
     scenes = [held_out.scene((12345, i)) for i in range(args.held_out)]
     images, targets = map(list, zip(*map(tensors, scenes), strict=True))
@@ -116,6 +119,6 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     matplotlib.use("Agg")
-    options = arguments(__doc__.partition("\n")[0], steps=700, output="runs/detect_digits")
+    options = arguments(__doc__.partition("\n")[0], steps=400, output="runs/detect_digits")
     options.add_argument("--detector", choices=("retinanet", "faster_rcnn"), default="retinanet", help="kind")
     raise SystemExit(run(main, options))

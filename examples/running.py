@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from digit_scenes import CLASSES, Digits, Scene
 from torch import Tensor, nn
 
 
@@ -18,6 +20,7 @@ def arguments(description: str, *, steps: int, output: str) -> argparse.Argument
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="glattn_atto", help="backbone, by timm's name")
     parser.add_argument("--steps", type=int, default=steps, help="steps of training")
+    parser.add_argument("--warm-up", type=int, default=400, help="steps before on single digits, of the backbone alone")
     parser.add_argument("--batch-size", type=int, default=8, help="scenes a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--held-out", type=int, default=200, help="scenes of held-out digits to measure on")
@@ -31,9 +34,9 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     """Run an example; a mistake of the user's is one line on standard error and status 1."""
     args = parser.parse_args()
     if args.quick:
-        args.model, args.steps, args.batch_size, args.held_out = "test_glattn", 3, 2, 4
+        args.model, args.warm_up, args.steps, args.batch_size, args.held_out = "test_glattn", 1, 3, 2, 4
     try:
-        for name in ("steps", "batch_size", "held_out"):
+        for name in ("warm_up", "steps", "batch_size", "held_out"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
         torch.manual_seed(args.seed)
@@ -71,6 +74,34 @@ def train(model: nn.Module, loss_of: Callable[[int], Tensor], *, steps: int, lr:
             seconds = time.monotonic() - start
             left = seconds / (step + 1) * (steps - step - 1)
             print(f"step {step + 1}/{steps}  loss {mean:.3f}  {seconds:.0f} s, {left:.0f} s left", flush=True)
+
+
+def image_of(scene: Scene) -> Tensor:
+    """Return a scene's image, ``(3, H, W)``, as all models of the examples take it."""
+    return (torch.from_numpy(scene.image).permute(2, 0, 1) / 255 - 0.45) / 0.25
+
+
+def warm_up(body: nn.Module, *, steps: int, lr: float, seed: int, batch_size: int = 32) -> None:
+    """Teach a backbone which digit is which, one an image: it stands in for pretrained weights.
+
+    Args:
+        body: A timm model made with ``features_only=True``.
+        steps: Steps.
+        lr: Highest learning rate.
+        seed: Seed of the images.
+        batch_size: Images a step.
+    """
+    digits = Digits(train=True, digit_side=(24, 53), image_side=(64, 64), most=1)
+    classifier = nn.Linear(body.feature_info.channels()[-1], len(CLASSES))
+
+    def loss_of(step: int) -> Tensor:
+        scenes = [digits.scene((seed, 1, step, i)) for i in range(batch_size)]
+        images = torch.stack([image_of(scene) for scene in scenes]).contiguous(memory_format=torch.channels_last)
+        labels = torch.tensor([int(scene.labels[0]) for scene in scenes])
+        return F.cross_entropy(classifier(body(images)[-1].mean((2, 3))), labels)
+
+    print("warm-up on single digits")
+    train(nn.ModuleList((body, classifier)).train(), loss_of, steps=steps, lr=lr)
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:

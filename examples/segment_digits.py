@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from digit_scenes import CLASSES, Digits, Scene
 from matplotlib import pyplot as plt
-from running import arguments, run, train, write, write_scores
+from running import arguments, image_of, run, train, warm_up, write, write_scores
 from scores import confusion, intersections_over_unions
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ def batch_of(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     images, masks = torch.zeros(len(scenes), 3, height, width), torch.full((len(scenes), height, width), IGNORED)
     for image, mask, scene in zip(images, masks, scenes, strict=True):
         h, w = scene.mask.shape
-        image[:, :h, :w] = (torch.from_numpy(scene.image).permute(2, 0, 1) / 255 - 0.45) / 0.25
+        image[:, :h, :w] = image_of(scene)
         mask[:h, :w] = torch.from_numpy(scene.mask)
     return images, masks
 
@@ -81,10 +81,13 @@ def main(args: argparse.Namespace) -> None:
     model = model.to(memory_format=torch.channels_last)
     print(f"UNetFormer on {args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
 
+    warm_up(model.backbone, steps=args.warm_up, lr=args.lr, seed=args.seed)
+
     def loss_of(step: int) -> Tensor:
-        images, masks = batch_of([digits.scene((args.seed, step, i)) for i in range(args.batch_size)])
+        images, masks = batch_of([digits.scene((args.seed, 0, step, i)) for i in range(args.batch_size)])
         return loss_of_masks(model(images.contiguous(memory_format=torch.channels_last)), masks)
 
+    print("training on scenes")
     train(model.train(), loss_of, steps=args.steps, lr=args.lr)
     model.eval()
     scenes = [held_out.scene((12345, i)) for i in range(args.held_out)]
@@ -112,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     matplotlib.use("Agg")
-    options = arguments(__doc__.partition("\n")[0], steps=600, output="runs/segment_digits")
+    options = arguments(__doc__.partition("\n")[0], steps=300, output="runs/segment_digits")
     options.add_argument("--dim", type=int, default=32, help="channels of the decoder")
     options.add_argument("--stem", action=argparse.BooleanOptionalAction, default=True, help="use the stem's map")
     raise SystemExit(run(main, options))

@@ -107,9 +107,9 @@ def _run(monkeypatch, script, *options):
     ("script", "options", "score"),
     [
         ("detect_digits.py", [], "map50"),
-        ("detect_digits.py", ["--detector", "faster_rcnn"], "map50"),
+        pytest.param("detect_digits.py", ["--detector", "faster_rcnn"], "map50", marks=pytest.mark.slow),
         ("segment_digits.py", [], "mean_iou"),
-        ("segment_digits.py", ["--no-stem"], "mean_iou"),
+        pytest.param("segment_digits.py", ["--no-stem"], "mean_iou", marks=pytest.mark.slow),
     ],
 )
 def test_an_example_runs_through(script, options, score, tmp_path, monkeypatch, capsys):
