@@ -72,9 +72,8 @@ def draw(scenes: list[Scene], found: list[dict[str, Tensor]], path: Path) -> Non
             colour = "lime" if (scene.labels[inside] == int(label) - 1).any() else "red"
             axis.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour))
             text = f"{CLASSES[int(label) - 1]} {score:.0%}"
-            axis.text(
-                left, max(top - 2, 6), text, color="black", backgroundcolor=colour, fontsize=7
-            ).get_bbox_patch().set_pad(1)
+            patch = {"facecolor": colour, "edgecolor": "none", "pad": 1}
+            axis.text(left, max(top - 2, 6), text, fontsize=7, bbox=patch)
     figure.suptitle("Digits found in scenes of held-out digits, with scores over 50% (red: it is another, or none)")
     write(path, partial(figure.savefig, format="png", dpi=100))
     plt.close(figure)
@@ -83,7 +82,8 @@ def draw(scenes: list[Scene], found: list[dict[str, Tensor]], path: Path) -> Non
 def main(args: argparse.Namespace) -> None:
     """Train, measure, draw, save."""
     start = time.monotonic()
-    digits, held_out = Digits(train=True), Digits(train=False)
+    sizes = {"digit_side": (22, 48), "most": 10}
+    digits, held_out = Digits(train=True, **sizes), Digits(train=False, **sizes)
     model = detector(args.detector, args.model).to(memory_format=torch.channels_last)
     print(f"{args.detector} on {args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
 
@@ -96,14 +96,13 @@ def main(args: argparse.Namespace) -> None:
 
     print("training on scenes")
     train(model.train(), loss_of, steps=args.steps, lr=args.lr)
+    write(args.output / "model.pt", partial(torch.save, model.state_dict()))
     scenes = [held_out.scene((12345, i)) for i in range(args.held_out)]
     images, targets = map(list, zip(*map(tensors, scenes), strict=True))
     found = detect(model, images, batch_size=args.batch_size)
     precisions = average_precisions(found, targets)
     score = float(np.mean(list(precisions.values())))
     minutes = (time.monotonic() - start) / 60
-    draw(scenes, found, args.output / "predictions.png")
-    write(args.output / "model.pt", partial(torch.save, model.state_dict()))
     scores = {
         "map50": score,
         "average_precision": {CLASSES[label - 1]: value for label, value in precisions.items()},
@@ -114,11 +113,12 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"mAP@0.5 {score:.3f} on {len(scenes)} scenes of {len(held_out.labels)} held-out digits; {minutes:.1f} minutes"
     )
+    draw(scenes, found, args.output / "predictions.png")
     print(f"{args.output}: predictions.png, scores.json, model.pt")
 
 
 if __name__ == "__main__":
     matplotlib.use("Agg")
-    options = arguments(__doc__.partition("\n")[0], steps=400, output="runs/detect_digits")
+    options = arguments(__doc__.partition("\n")[0], steps=500, output="runs/detect_digits")
     options.add_argument("--detector", choices=("retinanet", "faster_rcnn"), default="retinanet", help="kind")
     raise SystemExit(run(main, options))

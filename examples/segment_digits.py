@@ -89,6 +89,7 @@ def main(args: argparse.Namespace) -> None:
 
     print("training on scenes")
     train(model.train(), loss_of, steps=args.steps, lr=args.lr)
+    write(args.output / "model.pt", partial(torch.save, model.state_dict()))
     model.eval()
     scenes = [held_out.scene((12345, i)) for i in range(args.held_out)]
     found = [segment(model, scene) for scene in scenes]
@@ -98,8 +99,6 @@ def main(args: argparse.Namespace) -> None:
     )
     ious = intersections_over_unions(pixels)
     score, minutes = ious.nanmean().item(), (time.monotonic() - start) / 60
-    draw(scenes, found, args.output / "predictions.png")
-    write(args.output / "model.pt", partial(torch.save, model.state_dict()))
     scores = {
         "mean_iou": score,
         "iou": {name: None if iou != iou else iou for name, iou in zip(NAMES, ious.tolist(), strict=True)},
@@ -110,6 +109,7 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"mean IoU {score:.3f} on {len(scenes)} scenes of {len(held_out.labels)} held-out digits; {minutes:.1f} minutes"
     )
+    draw(scenes, found, args.output / "predictions.png")
     print(f"{args.output}: predictions.png, scores.json, model.pt")
 
 

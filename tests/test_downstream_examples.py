@@ -1,5 +1,6 @@
 """The examples: their scenes, their scores, and each run through."""
 
+import importlib
 import json
 import runpy
 import sys
@@ -122,6 +123,25 @@ def test_an_example_runs_through(script, options, score, tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert "step 3/3  loss" in printed
     assert "held-out digits" in printed
+
+
+def test_detections_are_drawn_green_and_red(tmp_path):
+    """A right one, a wrong one, and one that is too unsure to be drawn."""
+    detect_digits = importlib.import_module("detect_digits")
+    scene = Digits(train=True).scene((7, 1))
+    boxes = torch.from_numpy(scene.boxes[[0, 0, 0]])
+    label = int(scene.labels[0]) + 1
+    for labels, scores, colours in (
+        ([label, label, label], [0.9, 0.2, 0.2], {"green"}),
+        ([label % 10 + 1, label, label], [0.9, 0.2, 0.2], {"red"}),
+        ([label, label, label], [0.3, 0.2, 0.2], set()),
+    ):
+        found = {"boxes": boxes, "labels": torch.tensor(labels), "scores": torch.tensor(scores)}
+        detect_digits.draw([scene], [found], tmp_path / "drawn.png")
+        with Image.open(tmp_path / "drawn.png") as picture:
+            pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist()
+        drawn = {name for name, colour in (("green", [0, 255, 0]), ("red", [255, 0, 0])) if colour in pixels}
+        assert drawn == colours
 
 
 @pytest.mark.parametrize(
