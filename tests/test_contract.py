@@ -27,7 +27,7 @@ GROUPS = [
 ]
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("models", GROUPS)
 def test_timms_own_suite_passes(models, tmp_path):
     suite = fetch_timm_tests.fetch()
