@@ -1,6 +1,6 @@
 """Train RetinaNet on a GLAttn backbone to find handwritten digits in scenes of mixed, non-square sizes.
 
-    python examples/detect_digits.py                     # mAP@0.5 of 0.9 and more, minutes on two cores
+    python examples/detect_digits.py                     # the aim is mAP@0.5 of 0.9; not measured yet
     python examples/detect_digits.py --detector faster_rcnn
 
 Needs 'glattn[examples]'. Scenes to measure on are made of digits that training never sees.
