@@ -172,6 +172,10 @@ def export(
         made.mkdir()
         labels = {"label_names": list(class_names)}
         save_config_for_hf(model, str(made / "config.json"), model_config=labels, data_config=data_config)
+        config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+        # said at the root already; transformers' wrapper gives it beside the model_args, and would give it twice
+        config.get("model_args", {}).pop("num_classes", None)
+        (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         # contiguous: safetensors refuses channels_last weights
         tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
         try:
