@@ -146,6 +146,17 @@ def _rows(folder):
         return list(csv.DictReader(file))
 
 
+def test_options_of_a_model_are_part_of_its_name(tmp_path):
+    names = ["test_glattn", "test_glattn(depths=(1, 1, 1, 1), layout='full')"]
+    model = create(names[1], 64)
+    assert model.config.depths == (1, 1, 1, 1)
+    assert model.config.mixer[0].layout == "full"
+    assert main(["benchmark", *names, "--out", str(tmp_path), *SHORT]) == 0
+    mine, other = _rows(tmp_path)
+    assert [mine["model"], other["model"]] == names
+    assert float(other["params_m"]) < float(mine["params_m"])
+
+
 def test_the_command_measures_writes_and_draws(tmp_path, capsys):
     assert _run(tmp_path, "--sweep", "64", "96", "--baseline", "test_resnet") == 0
     found = _rows(tmp_path)
@@ -210,6 +221,9 @@ def test_a_model_that_cannot_is_a_row_and_the_others_are_measured(tmp_path):
     [
         ([], "--class"),
         (["no_such_model"], "no_such_model"),
+        (["test_glattn(layout=full)"], "write options as in"),
+        (["test_glat*(layout='full')"], "is no model"),
+        (["test_glat(layout='full')"], "test_glat"),
         (["test_resnet", "--rounds", "0"], "--rounds"),
         (["test_resnet", "--batch", "0"], "--batch"),
         (["test_resnet", "--baseline", "no_such_model"], "no_such_model"),

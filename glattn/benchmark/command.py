@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     from glattn.benchmark.peers import SIZES
 
-    parser.add_argument("models", nargs="*", help="timm model names or patterns, such as 'glattn_tiny*' resnet50")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        help="timm models: names, patterns ('glattn_tiny*'), with options (\"glattn_tiny(layout='full')\")",
+    )
     parser.add_argument("--class", dest="size", choices=SIZES, action="append", help="a size of ours and its peers")
     parser.add_argument("--out", default="runs/benchmark", help="folder for rows.csv and pictures (%(default)s)")
     parser.add_argument("--task", nargs="+", choices=("infer", "train"), default=["infer"])
@@ -47,14 +51,16 @@ def choose_models(patterns: Sequence[str], sizes: Sequence[str] | None) -> list[
     import timm
 
     import glattn  # noqa: F401 (registers the family)
+    from glattn.benchmark.contestant import split_options
     from glattn.benchmark.peers import SIZES, of_size
 
     names = [name for size in sizes or () for name in of_size(size)]
     for pattern in patterns:
-        found = timm.list_models(pattern)
-        if not found:
-            raise ValueError(f"no model of timm is named {pattern!r}; `timm.list_models('*part*')` finds names")
-        names += found
+        name, options = split_options(pattern)
+        found = timm.list_models(name)
+        if not found or (options and found != [name]):
+            raise ValueError(f"no model of timm is named {name!r}; `timm.list_models('*part*')` finds names")
+        names += [pattern] if options else found
     if not names:
         raise ValueError(f"name models, or a class of them: --class {{{','.join(SIZES)}}}")
     return list(dict.fromkeys(names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 from collections.abc import Callable
@@ -65,11 +66,30 @@ class Contestant:
     memory_format: str
 
 
+def split_options(name: str) -> tuple[str, dict[str, Any]]:
+    """Return name and options of ``"glattn_tiny(layout='full', depths=(2, 2, 8, 2))"``; a bare name has none.
+
+    Raises:
+        ValueError: It is not written so.
+    """
+    if "(" not in name:
+        return name, {}
+    try:
+        call = ast.parse(name, mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert isinstance(call.func, ast.Name)
+        assert not call.args
+        return call.func.id, {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
+    except (AssertionError, SyntaxError, ValueError):
+        raise ValueError(f"{name!r} is no model; write options as in \"glattn_tiny(layout='full')\"") from None
+
+
 def create(name: str, pixels: int) -> nn.Module:
     """Return a model of timm's registry with random weights, made for images of that size where it must be."""
-    needs_size = timm.get_pretrained_cfg_value(name, "fixed_input_size")
-    size: dict[str, Any] = {"img_size": pixels} if needs_size else {}
-    return timm.create_model(name, num_classes=1000, **size)  # some are of ImageNet-22k by default
+    name, options = split_options(name)
+    if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
+        options.setdefault("img_size", pixels)
+    return timm.create_model(name, **{"num_classes": 1000, **options})  # some are of ImageNet-22k by default
 
 
 def prepare(name: str, case: Case, device: torch.device, *, turn: float) -> Contestant:
