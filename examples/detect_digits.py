@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from digit_scenes import CLASSES, Digits, Scene
 from matplotlib import pyplot as plt
-from running import arguments, image_of, run, train, warm_up, write, write_scores
+from running import arguments, image_of, report, run, save, train, warm_up
 from scores import average_precisions
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -25,6 +25,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 import glattn  # noqa: F401 (registers the family)
 from glattn.heads import fpn_backbone
+from glattn.training.figures import save_figure
 
 ASPECTS = (0.8, 1.25, 2.0)  # height over width
 
@@ -75,7 +76,7 @@ def draw(scenes: list[Scene], found: list[dict[str, Tensor]], path: Path) -> Non
             patch = {"facecolor": colour, "edgecolor": "none", "pad": 1}
             axis.text(left, max(top - 2, 6), text, fontsize=7, bbox=patch)
     figure.suptitle("Digits found in scenes of held-out digits, with scores over 50% (red: it is another, or none)")
-    write(path, partial(figure.savefig, format="png", dpi=100))
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -96,25 +97,15 @@ def main(args: argparse.Namespace) -> None:
 
     print("training on scenes")
     train(model.train(), loss_of, steps=args.steps, lr=args.lr)
-    write(args.output / "model.pt", partial(torch.save, model.state_dict()))
+    save(model, args.output)
     scenes = [held_out.scene((12345, i)) for i in range(args.held_out)]
     images, targets = map(list, zip(*map(tensors, scenes), strict=True))
     found = detect(model, images, batch_size=args.batch_size)
     precisions = average_precisions(found, targets)
     score = float(np.mean(list(precisions.values())))
-    minutes = (time.monotonic() - start) / 60
-    scores = {
-        "map50": score,
-        "average_precision": {CLASSES[label - 1]: value for label, value in precisions.items()},
-        "scenes": len(scenes),
-        "minutes": round(minutes, 2),
-    }
-    write_scores(args.output / "scores.json", scores)
-    print(
-        f"mAP@0.5 {score:.3f} on {len(scenes)} scenes of {len(held_out.labels)} held-out digits; {minutes:.1f} minutes"
-    )
     draw(scenes, found, args.output / "predictions.png")
-    print(f"{args.output}: predictions.png, scores.json, model.pt")
+    single = {CLASSES[label - 1]: value for label, value in precisions.items()}
+    report(args, "map50", score, {"average_precision": single}, start=start)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from digit_scenes import CLASSES, Digits, Scene
 from torch import Tensor, nn
+
+from glattn.files import replacing, write_text
 
 
 def arguments(description: str, *, steps: int, output: str) -> argparse.ArgumentParser:
@@ -59,7 +60,7 @@ def train(model: nn.Module, loss_of: Callable[[int], Tensor], *, steps: int, lr:
         steps: Steps.
         lr: Highest learning rate.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15)
     start, mean = time.monotonic(), None
     for step in range(steps):
@@ -104,17 +105,24 @@ def warm_up(body: nn.Module, *, steps: int, lr: float, seed: int, batch_size: in
     train(nn.ModuleList((body, classifier)).train(), loss_of, steps=steps, lr=lr)
 
 
-def write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Have a file written beside its place and move it there when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def save(model: nn.Module, output: Path) -> None:
+    """Write a model's weights to the run's folder."""
+    with replacing(output / "model.pt") as temporary:
+        torch.save(model.state_dict(), temporary)
 
 
-def write_scores(path: Path, scores: dict[str, Any]) -> None:
-    """Write scores as JSON."""
-    write(path, lambda temporary: temporary.write_text(json.dumps(scores, indent=2) + "\n"))
+def report(args: argparse.Namespace, what: str, score: float, scores: dict[str, Any], *, start: float) -> None:
+    """Write scores.json and say the score that counts.
+
+    Args:
+        args: The example's arguments.
+        what: The score's name.
+        score: The score.
+        scores: Scores of single classes.
+        start: When the run began, by ``time.monotonic``.
+    """
+    minutes = (time.monotonic() - start) / 60
+    result = {what: score, **scores, "scenes": args.held_out, "minutes": round(minutes, 2)}
+    write_text(args.output / "scores.json", json.dumps(result, indent=2) + "\n")
+    print(f"{what} {score:.3f} on {args.held_out} scenes of held-out digits; {minutes:.1f} minutes")
+    print(f"{args.output}: model.pt, scores.json, predictions.png")

@@ -7,7 +7,6 @@ Needs 'glattn[examples]'. Scenes to measure on are made of digits that training 
 
 import argparse
 import time
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -15,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from digit_scenes import CLASSES, Digits, Scene
 from matplotlib import pyplot as plt
-from running import arguments, image_of, run, train, warm_up, write, write_scores
+from running import arguments, image_of, report, run, save, train, warm_up
 from scores import confusion, intersections_over_unions
 from torch import Tensor, nn
 
 import glattn  # noqa: F401 (registers the family)
 from glattn.heads import unetformer
+from glattn.training.figures import save_figure
 
 NAMES = ("background", *CLASSES)
 IGNORED = 255  # what pads the masks of a batch
@@ -67,7 +67,7 @@ def draw(scenes: list[Scene], found: list[Tensor], path: Path) -> None:
     for axis, title in zip(axes[:, 0], ("scene", "truth", "found"), strict=True):
         axis.set_title(title, loc="left")
     figure.colorbar(bar, ax=axes, ticks=range(len(NAMES)), shrink=0.6).ax.set_yticklabels(NAMES)
-    write(path, partial(figure.savefig, format="png", dpi=100))
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
 
     print("training on scenes")
     train(model.train(), loss_of, steps=args.steps, lr=args.lr)
-    write(args.output / "model.pt", partial(torch.save, model.state_dict()))
+    save(model, args.output)
     model.eval()
     scenes = [held_out.scene((12345, i)) for i in range(args.held_out)]
     found = [segment(model, scene) for scene in scenes]
@@ -98,19 +98,9 @@ def main(args: argparse.Namespace) -> None:
         for mask, scene in zip(found, scenes, strict=True)
     )
     ious = intersections_over_unions(pixels)
-    score, minutes = ious.nanmean().item(), (time.monotonic() - start) / 60
-    scores = {
-        "mean_iou": score,
-        "iou": {name: None if iou != iou else iou for name, iou in zip(NAMES, ious.tolist(), strict=True)},
-        "scenes": len(scenes),
-        "minutes": round(minutes, 2),
-    }
-    write_scores(args.output / "scores.json", scores)
-    print(
-        f"mean IoU {score:.3f} on {len(scenes)} scenes of {len(held_out.labels)} held-out digits; {minutes:.1f} minutes"
-    )
     draw(scenes, found, args.output / "predictions.png")
-    print(f"{args.output}: predictions.png, scores.json, model.pt")
+    single = {name: None if iou != iou else iou for name, iou in zip(NAMES, ious.tolist(), strict=True)}
+    report(args, "mean_iou", ious.nanmean().item(), {"iou": single}, start=start)
 
 
 if __name__ == "__main__":

@@ -33,19 +33,17 @@ def describe(name: str) -> Member:
     import timm
     import torch
     from timm.data.config import resolve_model_data_config
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from glattn.benchmark.cost import count_macs
 
     with torch.device("meta"):
         model = timm.create_model(name).eval()
-        channels, height, width = resolve_model_data_config(model)["input_size"]
-        image = torch.empty(1, channels, height, width)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(image)
+    channels, height, width = resolve_model_data_config(model)["input_size"]
     tagged = timm.list_models(f"{name}.*", pretrained=True, include_tags=True)
     return Member(
         name=name,
         params=sum(parameter.numel() for parameter in model.parameters()),
-        macs=counter.get_total_flops() // 2,
+        macs=count_macs(model, (1, channels, height, width)),
         size=(height, width),
         weights=tuple(tag.partition(".")[2] for tag in tagged),
     )

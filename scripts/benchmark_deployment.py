@@ -7,7 +7,6 @@ eager's time to theirs, round by round, so that what slows the machine slows bot
 import argparse
 import csv
 import importlib.util
-import os
 import shutil
 import statistics
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor
 
 import glattn  # noqa: F401 (registers the family)
 from glattn.export import export
+from glattn.files import replacing
 
 Run = Callable[[Tensor], Tensor]
 ROW = ("model", "runtime", "batch", "height", "width", "threads", "milliseconds", "times_eager", "difference")
@@ -139,11 +139,8 @@ def main() -> int:
                         row = (name, runtime, batch, height, width, args.threads, f"{milliseconds:.2f}", f"{ratio:.2f}")
                         rows.append((*row, f"{off[runtime]:.1e}"))
                         print("  ".join(f"{value!s:>12}" for value in rows[-1]), flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_name(f".{os.getpid()}-{args.output.name}")
-    with temporary.open("w", newline="") as file:
+    with replacing(args.output) as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows([ROW, *rows])
-    temporary.replace(args.output)
     return 0
 
 

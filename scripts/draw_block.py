@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
+from glattn.training.figures import save_figure
+
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "block.png"
 LOCAL, GLOBAL, PLAIN = "#dcebdc", "#dbe4f3", "#f1f1f1"
 
@@ -65,10 +67,7 @@ def main() -> None:
     arrow(axes, (0.6, 0), (0.6, 2.3), (10.6, 2.3), (10.6, 0.25))
     arrow(axes, (11.1, 0), (11.1, 1.2), (13.3, 1.2), (13.3, 0.25))
     figure.tight_layout(pad=0.2)
-    TARGET.parent.mkdir(exist_ok=True)
-    aside = TARGET.with_name("block.part.png")
-    figure.savefig(aside)
-    aside.replace(TARGET)
+    save_figure(figure, TARGET)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 
 from glattn import MixerConfig
 from glattn.layers import MultiHeadGlobalAttention
+from glattn.training.figures import save_figure
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "layouts.png"
 HEIGHT, WIDTH = 14, 18
@@ -113,10 +114,7 @@ def main() -> None:
         legend.text(2.7, 2.1 + 1.9 * i, text, fontsize=10, va="center")
     legend.set_aspect("auto")
     figure.tight_layout(pad=0.8, h_pad=1.6)
-    TARGET.parent.mkdir(exist_ok=True)
-    aside = TARGET.with_name("layouts.part.png")
-    figure.savefig(aside)
-    aside.replace(TARGET)
+    save_figure(figure, TARGET)
 
 
 if __name__ == "__main__":

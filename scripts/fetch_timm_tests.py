@@ -8,6 +8,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from glattn.files import replacing
+
 VERSION = "1.0.31"
 MEMBER = f"timm-{VERSION}/tests/test_models.py"
 SHA256 = "ffb62c6df02601a96c2fda403723a7f96a806897ee061d1009c1f3135fb64eb7"
@@ -25,10 +27,8 @@ def fetch(folder: Path = FOLDER) -> Path:
                 member = archive.extractfile(MEMBER)
                 assert member is not None
                 text = member.read()
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = target.with_suffix(".part")
-        aside.write_bytes(text)
-        aside.replace(target)
+        with replacing(target) as temporary:
+            temporary.write_bytes(text)
     digest = hashlib.sha256(target.read_bytes()).hexdigest()
     if digest != SHA256:
         raise ValueError(f"{target} has SHA-256 {digest}, not {SHA256}; delete it to fetch it again")

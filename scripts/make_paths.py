@@ -7,14 +7,14 @@ connection and of nothing else: neither ink, nor loose ends, nor the marks' dist
 
 import argparse
 import math
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from glattn.files import new_folder
 
 SPLITS = {"train": 8000, "val": 1000, "test": 2000}
 CURVES = 4  # in an image: the pair that may be marked, and distractors
@@ -113,9 +113,7 @@ def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> No
         raise ValueError(f"{folder} exists already; remove it, or give another --out")
     if pixels < 48:
         raise ValueError(f"{pixels} pixels are too few for {CURVES} curves: give 48 or more")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        root = Path(temporary) / "out"
+    with new_folder(folder) as root:
         for number, (split, count) in enumerate(counts.items()):
             for label in ("apart", "joined"):
                 (root / split / label).mkdir(parents=True)
@@ -123,7 +121,6 @@ def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> No
                 rng = np.random.default_rng([seed, number, index])  # each image by itself: any count, the same images
                 label = "joined" if index % 2 else "apart"
                 image(rng, label == "joined", pixels).save(root / split / label / f"{index:06d}.png")
-        shutil.move(root, folder)
 
 
 def main() -> int:

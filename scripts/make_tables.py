@@ -4,21 +4,18 @@ import argparse
 from pathlib import Path
 
 import timm
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-import glattn  # noqa: F401 (registers the family)
+from glattn.files import write_text
+from glattn.listing import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
 
 def count(name: str) -> tuple[float, float]:
-    """Return millions of parameters and GMACs at 224 x 224, attention counted, of a 1000-class model."""
-    model = timm.create_model(name, device="meta").eval()
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, 224, 224, device="meta"))
-    return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
+    """Return millions of parameters and GMACs at the default size, attention counted, of a 1000-class model."""
+    member = describe(name)
+    return member.params / 1e6, member.macs / 1e9
 
 
 def sizes() -> str:
@@ -48,9 +45,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     readme = ROOT / "README.md"
     text = fill(fill(readme.read_text(), "sizes", sizes()), "variants", variants())
-    aside = readme.with_suffix(".part")
-    aside.write_text(text)
-    aside.replace(readme)
+    write_text(readme, text)
 
 
 if __name__ == "__main__":

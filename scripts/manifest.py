@@ -6,10 +6,7 @@ import argparse
 import csv
 import gzip
 import io
-import os
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +14,8 @@ from pathlib import Path
 
 from iconify import IconSet, Package, digest, draw, open_package
 from tqdm import tqdm
+
+from glattn.files import new_folder, replacing
 
 FOLDER = Path(__file__).resolve().parents[1] / "data_manifests"
 SPLITS = ("train", "val", "test")
@@ -62,13 +61,8 @@ def write(path: Path, entries: Iterable[Entry]) -> None:
     writer = csv.DictWriter(text, [field.name for field in fields(Entry)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(entry) for entry in sorted(entries))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(gzip.compress(text.getvalue().encode(), 9, mtime=0))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(gzip.compress(text.getvalue().encode(), 9, mtime=0))
 
 
 def build(entries: Sequence[Entry], package: Package, folder: Path, *, pixels: int, grey: bool) -> None:
@@ -79,16 +73,13 @@ def build(entries: Sequence[Entry], package: Package, folder: Path, *, pixels: i
     """
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it, or give another --out")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     sets = {drawings.name: drawings for drawings in package.sets(sorted({entry.set for entry in entries}))}
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        root = Path(temporary) / "out"
+    with new_folder(folder) as root:
         for entry in tqdm(entries, desc=f"drawing {folder.name}", unit=" images", leave=False, disable=None):
             svg = _svg(sets[entry.set], entry)
             target = root / entry.file
             target.parent.mkdir(parents=True, exist_ok=True)
             draw(svg, pixels, grey=grey).save(target)
-        shutil.move(root, folder)
 
 
 def _svg(drawings: IconSet, entry: Entry) -> str:

@@ -8,7 +8,6 @@ killed list goes on where it was.
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bootstrap import compare
+
+from glattn.files import replacing
 
 FIELDS = (
     "model", "data", "lr", "seed", "chosen", "val_top1", "test_top1", "test_images", "parameters", "epochs", "seconds",
@@ -25,12 +26,10 @@ Row = dict[str, str]
 
 
 def write_csv(path: Path, fields: tuple[str, ...], rows: list[Row]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    aside.replace(path)
 
 
 def read_csv(path: Path) -> list[Row]:

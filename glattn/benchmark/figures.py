@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from glattn.benchmark.rows import Row
+from glattn.training.figures import save_figure
 
 _OURS, _THEIRS = "#b91c1c", "#475569"
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    try:
-        figure.savefig(aside, dpi=110)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
 
 
 def _ours(row: Row) -> bool:
@@ -67,7 +57,7 @@ def draw_speed(folder: Path, rows: Sequence[Row]) -> Path | None:
         axes.set_xlabel("parameters, millions")
         axes.set_ylabel("images a second (quartiles of the rounds)")
         axes.grid(alpha=0.3, which="both")
-    return _save(figure, folder / "speed.png")
+    return save_figure(figure, folder / "speed.png")
 
 
 def _plain_ticks(axes: Any) -> None:
@@ -122,4 +112,4 @@ def draw_scaling(folder: Path, rows: Sequence[Row]) -> Path | None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _save(figure, folder / "scaling.png")
+    return save_figure(figure, folder / "scaling.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +14,13 @@ import timm
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
-from timm.models._hub import save_config_for_hf
 from timm.utils.model import unwrap_model
 from torch import nn
 
+from glattn.files import replacing
 from glattn.hub.card import CURVE, Record, is_untouched, model_card, read_record
 from glattn.hub.loading import create_model, patiently, plain_errors
+from glattn.hub.local_dir import save_config
 from glattn.models.weights import CONFIG, WEIGHTS, save_weights
 
 README = "README.md"
@@ -92,13 +92,8 @@ def _write(model: nn.Module, folder: Path, name: str, label_names: Sequence[str]
         if label_names is not None:
             raise ValueError(f"{len(labels)} label_names for a model of {model.num_classes} classes")
         labels = None  # the names of the weights that it was started from
-    described = {"label_names": list(labels)} if labels is not None else {}
     save_weights(model, folder / WEIGHTS)
-    save_config_for_hf(model, str(folder / CONFIG), model_config=described)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    # said at the root already; transformers' wrapper gives it beside the model_args, and would give it twice
-    config.get("model_args", {}).pop("num_classes", None)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    config = save_config(model, folder / CONFIG, label_names=labels)
     (folder / README).write_text(model_card(model, name, config, record), encoding="utf-8")
     if record.curve is not None:
         shutil.copyfile(record.curve, folder / CURVE)
@@ -112,9 +107,8 @@ def _keep(folder: Path, target: Path) -> str:
         kept = target / path.name
         if path.name == README and kept.is_file() and not is_untouched(kept.read_text(encoding="utf-8")):
             continue
-        temporary = target / f".{path.name}.{os.getpid()}"
-        shutil.copyfile(path, temporary)
-        temporary.replace(kept)
+        with replacing(kept) as temporary:
+            shutil.copyfile(path, temporary)
     return str(target)
 
 

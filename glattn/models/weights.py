@@ -24,6 +24,8 @@ from timm.models import load_state_dict, resolve_pretrained_cfg
 from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES, hf_split
 from torch import Tensor, nn
 
+from glattn.files import replacing
+
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIGEST = "sha256"  # key of the safetensors metadata
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: averaged weights first
@@ -104,14 +106,9 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state = unwrap(model.state_dict(), "model")
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
     check_finite(tensors, "model")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", DIGEST: digest(tensors)})
         _order_metadata(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _order_metadata(path: Path) -> None:

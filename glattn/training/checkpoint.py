@@ -9,56 +9,20 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 from torch import nn
+
+from glattn.files import mode, sync
+from glattn.hub.local_dir import save_config
 
 _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})\.([0-9a-f]{16})\.pt")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the folder of `path`; what is written there takes its place, whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _sync(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:
@@ -81,10 +45,10 @@ def save_state(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> 
                 torch.save(state, file)
         except (RuntimeError, OSError) as error:
             raise OSError(f"cannot write a checkpoint in {folder}: {_reason(error)}") from None
-        _sync(written)
+        sync(written)
         path = folder / f"step-{step:09d}.{_digest(written)}.pt"
         os.replace(written, path)
-    _sync(folder)
+    sync(folder)
     for other in folder.glob(f"step-{step:09d}.*.pt"):
         if other != path:
             other.unlink()
@@ -170,12 +134,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         made = Path(temporary) / "model"
         made.mkdir()
-        labels = {"label_names": list(class_names)}
-        save_config_for_hf(model, str(made / "config.json"), model_config=labels, data_config=data_config)
-        config = json.loads((made / "config.json").read_text(encoding="utf-8"))
-        # said at the root already; transformers' wrapper gives it beside the model_args, and would give it twice
-        config.get("model_args", {}).pop("num_classes", None)
-        (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        save_config(model, made / "config.json", label_names=class_names, data_config=data_config)
         # contiguous: safetensors refuses channels_last weights
         tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
         try:
@@ -184,12 +143,12 @@ def export(
             raise OSError(f"cannot write {folder}: {error}") from None
         (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         for path in made.iterdir():
-            os.chmod(path, 0o666 & ~_umask())  # safetensors writes for the owner alone
-            _sync(path)
+            os.chmod(path, mode())  # safetensors writes for the owner alone
+            sync(path)
         if folder.exists():
             for name in ("config.json", "model.safetensors", "metrics.json"):
                 os.replace(made / name, folder / name)
-            _sync(folder)
+            sync(folder)
         else:
             os.replace(made, folder)
-    _sync(folder.parent)
+    sync(folder.parent)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from glattn.files import new_folder
 
 NAME = "scikit-learn digits (UCI optical recognition of handwritten digits)"
 
@@ -26,9 +27,7 @@ def write_digits(folder: str | Path) -> Path:
     except ImportError:
         raise ValueError("the digits come with scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        root = Path(temporary) / "digits"
+    with suppress(FileExistsError), new_folder(folder) as root:  # another process may be faster
         order = np.random.default_rng(0).permutation(len(digits.target))
         for digit in range(10):
             members = order[digits.target[order] == digit]
@@ -39,11 +38,6 @@ def write_digits(folder: str | Path) -> Path:
                 for index in chosen:
                     values = np.rint(digits.images[index] * (255 / 16)).astype(np.uint8)
                     Image.fromarray(values).save(target / f"{index:04d}.png")
-        try:
-            os.rename(root, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
     return folder
 
 

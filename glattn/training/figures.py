@@ -7,12 +7,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from glattn.training.checkpoint import replacing
+from glattn.files import replacing
 
 
-def save_figure(figure: Figure, path: Path, *, dpi: int = 110) -> None:
-    """Write a figure as PNG, whole or not at all."""
+def save_figure(figure: Figure, path: Path, *, dpi: int = 110) -> Path:
+    """Write a figure as PNG, whole or not at all, and return its path."""
     with replacing(path) as temporary, warnings.catch_warnings():
         # a class may be named in a script that the font lacks: a box in the picture, the name in the page
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(temporary, format="png", dpi=dpi)
+    return path

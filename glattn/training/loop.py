@@ -18,6 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from tqdm import tqdm
 
+from glattn.files import write_text
 from glattn.training import build, checkpoint, data, run_folder
 from glattn.training.config import TrainConfig
 from glattn.training.distributed import convert_batch_norm, start_accelerator
@@ -359,7 +360,7 @@ class Trainer:
         listing = self.folder / "skipped.txt"
         text = "".join(f"{name}\n" for name in bad)
         if bad and (not listing.exists() or listing.read_text(encoding="utf-8") != text):
-            checkpoint.write_text(listing, text)
+            write_text(listing, text)
             self.say(f"{len(bad)} image(s) could not be read and were left out; they are listed in {listing}")
 
     def announce(self) -> None:

@@ -18,7 +18,7 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from glattn.training.checkpoint import write_text
+from glattn.files import write_text
 from glattn.training.classifier import open_checkpoint
 from glattn.training.config import TrainConfig
 from glattn.training.data import Source

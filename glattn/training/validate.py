@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     found = {"model": args.model, "checkpoint": args.checkpoint, "data": str(folder), **found}
     print(table(found))
     if output is not None:
-        from glattn.training.checkpoint import write_text
+        from glattn.files import write_text
 
         write_text(output, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
         print(f"written: {output}")
