@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from glattn.training.config import TrainConfig, help_text
 
@@ -24,16 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration, listed below")
 
 
-def resolve(args: argparse.Namespace) -> TrainConfig:
-    """Return the configuration that the arguments ask for."""
+def resolve(args: argparse.Namespace, first: Sequence[str] = ()) -> TrainConfig:
+    """Return the configuration that the arguments ask for, after what comes ``first``."""
     given = [f"{name}={getattr(args, name)}" for name in ("data", "model", "run", "epochs", "resume")
              if getattr(args, name) is not None]  # fmt: skip
-    return TrainConfig.read(args.config, [*given, *args.overrides])
+    return TrainConfig.read(args.config, [*first, *given, *args.overrides])
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, first: Sequence[str] = ()) -> int:
     """Train."""
-    config = resolve(args)
+    config = resolve(args, first)
     if not config.data and not config.dataset:
         raise ValueError("no images given: --data FOLDER, with train/CLASS/*.png and val/CLASS/*.png")
     from torch import distributed

@@ -27,6 +27,7 @@ class TrainConfig:
     dataset: str = option(
         "",
         "empty: an image folder or a .tar; digits: scikit-learn's, written to the folder data where it is not there; "
+        "fractals: drawn as they are asked for, see glattn pretrain; "
         "or a timm dataset name (hfds/NAME, torch/cifar10, ...)",
     )
     train_split: str = option("train", "name of the training split")

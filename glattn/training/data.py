@@ -65,6 +65,10 @@ class Source:
         except (AttributeError, AssertionError, NotImplementedError):
             return f"image {inner}"
 
+    def loader(self, batches: Sampler[list[tuple[int, int]]], data_config: dict[str, Any], **options: Any) -> Any:
+        """Return the batches' images, see `make_loader`."""
+        return make_loader(self, batches, data_config, **options)
+
     def class_counts(self) -> np.ndarray:
         """Return the number of images of each class."""
         return np.bincount(self.targets, minlength=len(self.class_names))
@@ -77,6 +81,10 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
         ValueError: One class only, an empty class, or classes that differ between the splits.
         FileNotFoundError: There is no such folder.
     """
+    if config.dataset == "fractals":
+        from glattn.training.pretrain import open_fractals
+
+        return open_fractals(config)
     root = Path(config.data).expanduser()
     if config.dataset in ("", "digits"):
         if not config.data:

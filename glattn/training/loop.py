@@ -102,13 +102,13 @@ class Trainer:
         )
         self.steps = self.batches.steps
         shared: dict[str, Any] = {"workers": config.workers, "device": self.accelerator.device}
-        self.train_loader = data.make_loader(
-            self.train_source, self.batches, self.data_config, replace=True, **shared, **build.augmentation_of(config)
+        self.train_loader = self.train_source.loader(
+            self.batches, self.data_config, replace=True, **shared, **build.augmentation_of(config)
         )
         val_batches = data.ValidationBatches(
             len(self.val_source), max(1, self.batches.batch_size // world), rank=rank, world=world
         )
-        self.val_loader = data.make_loader(self.val_source, val_batches, self.data_config, **shared)
+        self.val_loader = self.val_source.loader(val_batches, self.data_config, **shared)
 
     def _evaluated(self) -> nn.Module:
         """Return what is validated and exported: the averaged model, if any, else the model."""

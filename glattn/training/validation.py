@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.nn import functional as F
 
-from glattn.training.data import Source, ValidationBatches, make_loader
+from glattn.training.data import Source, ValidationBatches
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def predict_source(
         progress: Wraps the iterator over the batches.
     """
     batches = ValidationBatches(len(source), batch_size)
-    loader = make_loader(source, batches, data_config, workers=workers, device=device)
+    loader = source.loader(batches, data_config, workers=workers, device=device)
     return predict_all(model.to(memory_format=torch.channels_last), loader, progress=progress)
 
 

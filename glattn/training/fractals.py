@@ -1,0 +1,183 @@
+"""Pictures made by formula: fractals of a thousand iterated function systems, drawn in batches as they are asked for.
+
+After FractalDB (arXiv:2101.08515), the systems sampled as by Anderson and Farrell (arXiv:2110.03091). A system is two
+to four affine maps ``x -> A x + t``; its picture is the set that they map onto itself, found by the chaos game. Nothing
+here is a photograph: no licence, no privacy, and the same pictures anywhere from the same seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TABLE = "fractals1k.csv.gz"
+CLASSES, MOST_MAPS = 1000, 4
+SAMPLES = 50_000  # an epoch's training images
+HELD_OUT = 2_000  # validation images: two a class, the same every time
+CHAINS, SETTLING, STEPS = 256, 12, 16  # points walked at once; steps before they count, and counted: 4096 points
+_DIGITS = 5  # decimals of the table: coarser than the last bits in which machines differ
+
+
+def make_system(number: int, *, seed: int = 0) -> np.ndarray:
+    """Return one class's maps, ``(n, 6)``: rows of A, then t; a function of the seed and the class alone.
+
+    Singular values s1 >= s2 of U(0, 1), rotations and signs at random, t of U(-1, 1); taken where the sum of s1 + 2 s2
+    lies in [(5 + n) / 2, (6 + n) / 2] and the picture fills 0.08 to 0.6 of its square.
+    """
+    rng = np.random.default_rng([seed, number])
+    n = int(rng.integers(2, MOST_MAPS, endpoint=True))
+    while True:
+        values = np.sort(rng.uniform(size=(n, 2)))[:, ::-1]
+        if not (5 + n) / 2 <= (values @ [1.0, 2.0]).sum() <= (6 + n) / 2:
+            continue
+        turns = rng.uniform(0, 2 * np.pi, size=(2, n))
+        signs = rng.choice([-1.0, 1.0], size=(n, 2))
+        cos, sin = np.cos(turns), np.sin(turns)
+        left, right = (np.array([[c, -s], [s, c]]).transpose(2, 0, 1) for c, s in zip(cos, sin, strict=True))
+        matrices = left @ (values[:, :, None] * right) * signs[:, None, :]
+        maps = np.concatenate([matrices.reshape(n, 4), rng.uniform(-1, 1, size=(n, 2))], axis=1).round(_DIGITS)
+        if 0.08 <= _fill(maps) <= 0.6:
+            return maps
+
+
+def _fill(maps: np.ndarray) -> float:
+    """Return the share of a 64 x 64 square that the picture of a system fills, fitted into it."""
+    draws = torch.from_numpy(np.random.default_rng(0).random((1, SETTLING + STEPS, CHAINS)))
+    points, _ = fitted(walk(*systems([maps], torch.float64), draws))
+    if not torch.isfinite(points).all():
+        return 0.0
+    cells = ((points + 1) * 32).floor().clamp(0, 63)
+    return len(torch.unique(cells[..., 0] * 64 + cells[..., 1])) / 64**2
+
+
+def pack(table: Sequence[np.ndarray]) -> bytes:
+    """Return a table of systems as gzipped CSV, one row a map: the same systems, the same bytes."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", "a", "b", "c", "d", "e", "f"])
+    for number, maps in enumerate(table):
+        writer.writerows([number, *(f"{value:.{_DIGITS}f}" for value in row)] for row in maps)
+    return gzip.compress(text.getvalue().encode(), 9, mtime=0)
+
+
+def read_table() -> list[np.ndarray]:
+    """Return the classes that the package carries."""
+    text = gzip.decompress(resources.files("glattn.training").joinpath(TABLE).read_bytes()).decode()
+    rows = list(csv.reader(io.StringIO(text)))[1:]
+    maps: list[list[list[float]]] = [[] for _ in range(1 + int(rows[-1][0]))]
+    for number, *values in rows:
+        maps[int(number)].append([float(value) for value in values])
+    return [np.array(rows) for rows in maps]
+
+
+def systems(maps: Sequence[np.ndarray], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return maps ``(B, 4, 6)``, and the shares of each ``(B, 4)`` summed up: by its area, a hundredth at least."""
+    padded = np.zeros((len(maps), MOST_MAPS, 6))
+    shares = np.zeros((len(maps), MOST_MAPS))
+    for number, rows in enumerate(maps):
+        padded[number, : len(rows)] = rows
+        shares[number, : len(rows)] = np.maximum(np.abs(rows[:, 0] * rows[:, 3] - rows[:, 1] * rows[:, 2]), 0.01)
+    summed = np.cumsum(shares, axis=1)
+    return torch.from_numpy(padded).to(dtype), torch.from_numpy(summed / summed[:, -1:]).to(dtype)
+
+
+def walk(maps: Tensor, shares: Tensor, draws: Tensor) -> Tensor:
+    """Play the chaos game: ``(B, steps * chains, 2)`` points.
+
+    Args:
+        maps: ``(B, 4, 6)``.
+        shares: ``(B, 4)``, summed up.
+        draws: ``(B, settling + steps, chains)``, of U(0, 1): which map each chain takes at each step.
+    """
+    chosen = (draws[..., None] >= shares[:, None, None, :-1]).sum(-1)
+    x = y = torch.zeros_like(draws[:, 0])
+    points = []
+    for step in range(draws.shape[1]):
+        a, b, c, d, e, f = maps.gather(1, chosen[:, step, :, None].expand(-1, -1, 6)).unbind(-1)
+        x, y = a * x + b * y + e, c * x + d * y + f
+        if step >= SETTLING:
+            points.append(torch.stack([x, y], dim=-1))
+    return torch.cat(points, dim=1)
+
+
+def fitted(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return points moved and scaled into [-1, 1], the longer side filling it, and the factor."""
+    low, high = points.amin(1, keepdim=True), points.amax(1, keepdim=True)
+    factor = 2 / (high - low).amax(-1, keepdim=True).clamp(min=1e-6)
+    return (points - (low + high) / 2) * factor, factor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random of a batch of pictures, drawn for each from a seed of its own.
+
+    Args:
+        maps: Its system, one map of it scaled by U(0.85, 1.05), though never to expand: ``(B, 4, 6)``.
+        shares: See `walk`.
+        steps: See `walk`.
+        pose: Turn or flip (0 to 7), scale of U(0.8, 1.6), shift of U(-0.3, 0.3) twice: ``(B, 4)``.
+        colours: Two of the figure's: ``(B, 2, 3)``.
+        noise: Of the ground, and of the figure's shading: ``(B, 4, 5, 5)``.
+        mono: 0: in colour (70%); 1: black on white; 2: white on black: ``(B,)``.
+    """
+
+    maps: Tensor
+    shares: Tensor
+    steps: Tensor
+    pose: Tensor
+    colours: Tensor
+    noise: Tensor
+    mono: Tensor
+
+    @classmethod
+    def of(cls, maps: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], device: torch.device) -> Draws:
+        """Draw for pictures of these systems."""
+        drawn: list[list[np.ndarray]] = [[] for _ in range(5)]
+        changed = []
+        for rows, seed in zip(maps, seeds, strict=True):
+            rng = np.random.default_rng(seed)
+            number, factor = rng.integers(len(rows)), rng.uniform(0.85, 1.05)
+            changed.append(rows.copy())
+            changed[-1][number, :4] *= min(factor, 0.99 / np.linalg.norm(rows[number, :4].reshape(2, 2), 2))
+            values = (
+                rng.random((SETTLING + STEPS, CHAINS), dtype=np.float32),
+                np.array([rng.integers(8), rng.uniform(0.8, 1.6), *rng.uniform(-0.3, 0.3, size=2)]),
+                rng.uniform(size=(2, 3)),
+                rng.uniform(size=(4, 5, 5)),
+                rng.choice(3, p=(0.7, 0.15, 0.15)),
+            )
+            for column, value in zip(drawn, values, strict=True):
+                column.append(np.asarray(value))
+        stacked = [torch.from_numpy(np.stack(column)).float().to(device) for column in drawn]
+        tables = [table.to(device) for table in systems(changed, torch.float32)]
+        return cls(*tables, *stacked)
+
+
+def render(draws: Draws, side: int) -> Tensor:
+    """Return pictures, ``(B, 3, side, side)`` in [0, 1], on the draws' device."""
+    points, _ = fitted(walk(draws.maps, draws.shares, draws.steps))
+    kind = draws.pose[:, 0].long()[:, None, None]
+    points = torch.where(kind % 2 == 1, points.flip(-1), points)
+    signs = torch.stack([1 - 2 * (kind // 2 % 2), 1 - 2 * (kind // 4)], dim=-1).squeeze(1)
+    points = points * signs * draws.pose[:, None, 1:2] + draws.pose[:, None, 2:]
+    cells = ((points + 1) * (side / 2)).floor()
+    inside = ((cells >= 0) & (cells < side)).all(-1)
+    index = torch.where(inside, cells[..., 0] * side + cells[..., 1], 0).nan_to_num(0).long()
+    hits = torch.zeros(len(points), side * side, device=points.device).scatter_add_(1, index, inside.float())
+    figure = (1 - torch.exp(-hits)).view(-1, 1, side, side)
+    smooth = F.interpolate(draws.noise, size=(side, side), mode="bilinear", align_corners=True)
+    first, second = draws.colours[:, :, :, None, None].unbind(1)
+    ink, ground = torch.lerp(first, second, smooth[:, 3:]), smooth[:, :3]
+    mono = draws.mono[:, None, None, None]
+    ink = torch.where(mono == 0, ink, (mono - 1).expand_as(ink))
+    ground = torch.where(mono == 0, ground, (2 - mono).expand_as(ground))
+    return torch.lerp(ground, ink, figure)

@@ -1,0 +1,119 @@
+"""``glattn pretrain``: train a model from scratch on fractals, drawn as they are asked for (see `fractals`)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from glattn.training import command, fractals
+from glattn.training.config import TrainConfig
+from glattn.training.data import Source
+
+RECIPE = ("image_size=64", "batch_size=128", "lr=0.002", "optimizer_args.fused=true")
+
+
+@dataclass(frozen=True)
+class FractalSource(Source):
+    """Pictures of the table's classes in turn, each drawn when it is asked for.
+
+    Args:
+        maps: The system of each class.
+        fixed: Draw picture ``i`` always the same, as for validation, and not by the seed that comes with it.
+        side: Side of the pictures that `read` gives, in pixels.
+    """
+
+    maps: tuple[np.ndarray, ...]
+    fixed: bool
+    side: int
+
+    @classmethod
+    def of(cls, count: int, *, fixed: bool, side: int) -> FractalSource:
+        """Return this many pictures."""
+        maps = tuple(fractals.read_table())
+        numbers = np.arange(count)
+        names = tuple(f"fractal{number:04d}" for number in range(len(maps)))
+        return cls(None, numbers, numbers % len(maps), names, maps, fixed, side)
+
+    def draw(self, places: Iterable[tuple[int, int]], side: int, device: torch.device) -> Tensor:
+        """Return the pictures of some (index, seed) pairs, ``(B, 3, side, side)`` in [0, 1]."""
+        maps, seeds = zip(
+            *((self.maps[self.targets[i]], [1, i] if self.fixed else [0, i, seed]) for i, seed in places), strict=True
+        )
+        return fractals.render(fractals.Draws.of(maps, seeds, device), side)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return picture number `index`, and its class."""
+        picture = self.draw([(index, 0)], self.side, torch.device("cpu"))[0]
+        return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()), int(self.targets[index])
+
+    def loader(
+        self,
+        batches: Iterable[list[tuple[int, int]]],
+        data_config: dict[str, Any],
+        **options: Any,
+    ) -> FractalLoader:
+        """Return a loader that draws on the device; there is nothing to read, to replace or to augment."""
+        return FractalLoader(self, batches, data_config, options["device"])
+
+
+class FractalLoader:
+    """Normalised (pictures, [class, asked, given]), a batch at a time.
+
+    Args:
+        source: What to draw.
+        batches: Which pictures, with which seeds.
+        data_config: ``input_size``, ``mean`` and ``std`` are read here.
+        device: Where it is drawn.
+    """
+
+    def __init__(
+        self,
+        source: FractalSource,
+        batches: Iterable[list[tuple[int, int]]],
+        data_config: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.source, self.batches, self.device = source, batches, device
+        self.side = int(data_config["input_size"][-1])
+        self.mean, self.std = (torch.tensor(data_config[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for places in self.batches:
+            pictures = (self.source.draw(places, self.side, self.device) - self.mean) / self.std
+            numbers = torch.tensor([[self.source.targets[i], i, i] for i, _ in places], device=self.device)
+            yield pictures, numbers
+
+
+def open_fractals(config: TrainConfig) -> tuple[FractalSource, FractalSource]:
+    """Return an epoch's training pictures, new ones in every epoch, and those to validate on, always the same."""
+    side = config.image_size or 64
+    return (
+        FractalSource.of(fractals.SAMPLES, fixed=False, side=side),
+        FractalSource.of(fractals.HELD_OUT, fixed=True, side=side),
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments: those of ``glattn train``, and how long."""
+    command.add_arguments(parser)
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=2_000_000,
+        help=f"pictures to train on, in epochs of {fractals.SAMPLES} (%(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pretrain."""
+    if args.samples < fractals.SAMPLES:
+        raise ValueError(f"--samples {args.samples}: give an epoch or more, {fractals.SAMPLES}")
+    recipe = () if args.config else RECIPE
+    return command.run(args, (*recipe, "dataset=fractals", f"epochs={args.samples // fractals.SAMPLES}"))

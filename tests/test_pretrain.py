@@ -1,0 +1,133 @@
+"""Fractals: the table from its seed, the game against a loop, pictures from their seeds, and a run on them."""
+
+import hashlib
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glattn.cli import main
+from glattn.training import fractals
+from glattn.training.pretrain import FractalSource
+
+CPU = torch.device("cpu")
+TINY = ("model=test_glattn", "image_size=32", "batch_size=32", "tracker=none", "device=cpu", "workers=0")
+
+
+@pytest.fixture(scope="module")
+def table():
+    return fractals.read_table()
+
+
+def test_the_table_is_made_from_its_seed_to_the_bit(table):
+    for number in (0, 1, 2, 500, 999):
+        assert np.array_equal(fractals.make_system(number), table[number])
+    assert not np.array_equal(fractals.make_system(0, seed=1), table[0])
+
+
+@pytest.mark.slow
+def test_the_whole_file_is_made_from_its_seed_to_the_bit():
+    file = resources.files("glattn.training").joinpath(fractals.TABLE).read_bytes()
+    made = fractals.pack([fractals.make_system(number) for number in range(fractals.CLASSES)])
+    assert hashlib.sha256(made).digest() == hashlib.sha256(file).digest()
+
+
+def test_every_system_is_one_that_is_asked_for(table):
+    assert len(table) == fractals.CLASSES
+    assert {len(maps) for maps in table} == {2, 3, 4}
+    for maps in table:
+        n = len(maps)
+        values = np.linalg.svd(maps[:, :4].reshape(n, 2, 2), compute_uv=False)
+        assert (5 + n) / 2 - 1e-3 <= (values @ [1, 2]).sum() <= (6 + n) / 2 + 1e-3
+        assert values.max() <= 1 + 1e-4
+        assert np.abs(maps[:, 4:]).max() <= 1
+    assert len({maps.tobytes() for maps in table}) == len(table)
+
+
+def test_the_game_is_played_as_by_hand(table):
+    maps = table[3:5]
+    draws = np.random.default_rng(1).random((2, fractals.SETTLING + fractals.STEPS, 7))
+    points = fractals.walk(*fractals.systems(maps, torch.float64), torch.from_numpy(draws))
+    for which, rows in enumerate(maps):
+        areas = [max(abs(a * d - b * c), 0.01) for a, b, c, d, _, _ in rows]
+        for chain in range(7):
+            x = y = 0.0
+            for step, draw in enumerate(draws[which, :, chain]):
+                summed, number = 0.0, -1
+                while summed <= draw:
+                    number += 1
+                    summed += areas[number] / sum(areas)
+                a, b, c, d, e, f = rows[number]
+                x, y = a * x + b * y + e, c * x + d * y + f
+                if step >= fractals.SETTLING:
+                    found = points[which, (step - fractals.SETTLING) * 7 + chain]
+                    assert found.tolist() == pytest.approx([x, y])
+
+
+def test_a_picture_is_a_function_of_its_seed_and_of_no_other_picture():
+    source = FractalSource.of(3000, fixed=False, side=48)
+    together = source.draw([(5, 11), (5, 12), (1005, 11)], 48, CPU)
+    assert together.shape == (3, 3, 48, 48)
+    assert 0 <= together.min() < together.max() <= 1
+    for place, picture in zip([(5, 11), (5, 12), (1005, 11)], together, strict=True):
+        assert torch.equal(source.draw([place], 48, CPU)[0], picture)
+    assert not torch.equal(together[0], together[1])
+    fixed = FractalSource.of(3000, fixed=True, side=48)
+    assert torch.equal(fixed.draw([(5, 11)], 48, CPU), fixed.draw([(5, 12)], 48, CPU))
+    assert not torch.equal(fixed.draw([(5, 11)], 48, CPU), source.draw([(5, 11)], 48, CPU))
+    image, target = fixed.read(1005)
+    assert (image.size, target) == ((48, 48), 5)
+
+
+def test_pictures_show_figures_of_every_kind():
+    source = FractalSource.of(1000, fixed=True, side=64)
+    pictures = source.draw([(number, 0) for number in range(0, 1000, 5)], 64, CPU)
+    assert torch.isfinite(pictures).all()
+    grey = (pictures.amax(1) - pictures.amin(1)).flatten(1).amax(1) < 1e-6
+    assert 0.2 < grey.float().mean() < 0.4
+    dark = pictures[grey].mean((1, 2, 3)) < 0.5
+    assert dark.any()
+    assert (~dark).any()
+    ink = torch.where(dark[:, None, None], pictures[grey][:, 0], 1 - pictures[grey][:, 0])
+    share = (ink > 0.5).float().mean((1, 2))
+    assert 0.05 < share.median() < 0.5
+    assert (share > 0.005).all()
+
+
+@pytest.fixture
+def _short(monkeypatch):
+    monkeypatch.setattr(fractals, "SAMPLES", 128)
+    monkeypatch.setattr(fractals, "HELD_OUT", 64)
+
+
+@pytest.mark.usefixtures("_short")
+def test_a_run_that_is_cut_and_resumed_ends_as_one_that_is_not(tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(["pretrain", "--samples", "256", "--run", str(whole), *TINY]) == 0
+    assert "1000 classes, 128 + 64 images at 32x32" in capsys.readouterr().out
+    assert main(["pretrain", "--samples", "128", "--run", str(cut), *TINY, "schedule=constant"]) == 0
+    assert main(["pretrain", "--samples", "256", "--run", str(cut), "--resume", "auto", *TINY]) == 1
+    assert "schedule" in capsys.readouterr().err
+    for samples in ("128", "256"):
+        arguments = ["--samples", samples, "--run", str(tmp_path / "twice"), "--resume", "auto"]
+        assert main(["pretrain", *arguments, *TINY, "schedule=constant"]) == 0
+    once = ["--samples", "256", "--run", str(tmp_path / "once"), *TINY, "schedule=constant"]
+    assert main(["pretrain", *once]) == 0
+    states = [torch.load(max((tmp_path / run / "checkpoints").glob("*.pt")), weights_only=True)["model"]
+              for run in ("once", "twice")]  # fmt: skip
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert load_file(whole / "best" / "model.safetensors")["head.fc.weight"].shape[0] == fractals.CLASSES
+    assert (whole / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["--samples", "100"], "50000"), (["--samples", "50000", "image_size=0"], "image_size")],
+)
+def test_what_is_asked_wrongly_is_one_line(arguments, word, capsys):
+    assert main(["pretrain", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert word in error
+    assert error.count("\n") == 1
