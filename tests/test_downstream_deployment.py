@@ -66,6 +66,29 @@ def test_aot_inductor_gives_the_model_s_numbers(model, tmp_path):
     check(model, torch._inductor.aoti_load_package(package))
 
 
+@pytest.mark.export
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_executorch_gives_the_model_s_numbers(model):
+    """By XNNPACK, of a program a size, free in the batch."""
+    pytest.importorskip("executorch", reason="pip install 'glattn[executorch]'")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    folded, batch = reparameterize_model(model), torch.export.Dim("batch", min=1, max=8)
+    for size in sorted({shape[2:] for shape in SHAPES}):
+        program = torch.export.export(folded, (torch.randn(2, 3, *size),), dynamic_shapes=({0: batch},))
+        program = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        assert any("executorch_call_delegate" in node.name for node in program.exported_program().graph.nodes)
+        file = program.to_executorch().buffer  # the runtime reads it where it lies
+        method = Runtime.get().load_program(file).load_method("forward")
+        for shape in SHAPES:
+            if shape[2:] == size:
+                x = torch.randn(shape)
+                assert relative(method.execute([x])[0], model(x)) < 1e-4, shape
+
+
 def _ranks(graph):
     """Return the rank of each tensor that a node makes, by the node's name."""
     ranks = {}

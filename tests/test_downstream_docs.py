@@ -16,13 +16,15 @@ def _title(block):
 
 
 def test_every_snippet_is_found():
-    assert len(BLOCKS) == PAGE.read_text().count("```python") == 9
+    assert len(BLOCKS) == PAGE.read_text().count("```python") == 10
 
 
 @pytest.mark.parametrize(
-    "block", [pytest.param(b, marks=[pytest.mark.export] if "export(" in b["code"] else []) for b in BLOCKS], ids=_title
+    "block",
+    [pytest.param(b, marks=[pytest.mark.export] if "export(" in b["code"] else []) for b in BLOCKS],
+    ids=_title,
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:pytorch_grad_cam")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pytorch_grad_cam", "ignore:read_text is deprecated")
 def test_a_snippet_runs(block, tmp_path, monkeypatch):
     for name in (block["needs"] or "").split(", "):
         if name and importlib.util.find_spec(name) is None:

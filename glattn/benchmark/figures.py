@@ -104,8 +104,8 @@ def draw_scaling(folder: Path, rows: Sequence[Row]) -> Path | None:
             ours = _ours(members[0])
             axes.plot(
                 [int(row["pixels"]) for row in members], [cost / costs[0] for cost in costs], marker=".",
-                label=members[0]["model"], color=_OURS if ours else f"C{number % 10}", linewidth=2.4 if ours else 1,
-                linestyle="-" if ours or number < 10 else "--",
+                label=members[0]["model"], color=f"C{number % 10}", linewidth=2.4 if ours else 1,
+                linestyle="-" if number < 10 else "--",
             )  # fmt: skip
         axes.set_title(f"{title}, as a multiple of that at the smallest size", fontsize=10)
         axes.set_xlabel("side of the image, pixels")
