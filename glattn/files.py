@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -21,7 +21,8 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(temporary)
         os.chmod(temporary, mode())
         os.replace(temporary, path)
-        sync(path.parent)
+        with suppress(OSError):  # not every file system lets a folder be synchronised
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -45,11 +46,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         try:
-            os.rename(made, folder)
-        except OSError:
             if not folder.exists():
+                os.rename(made, folder)
+                return
+        except OSError:
+            if not folder.is_dir():
                 raise
-            raise FileExistsError(f"{folder} exists already; remove it, or give another") from None
+        raise FileExistsError(f"{folder} exists already; remove it, or give another")
 
 
 def mode() -> int:

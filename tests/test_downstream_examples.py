@@ -108,7 +108,7 @@ def _run(monkeypatch, script, *options):
     ("script", "options", "score"),
     [
         ("detect_digits.py", [], "map50"),
-        pytest.param("detect_digits.py", ["--detector", "faster_rcnn"], "map50", marks=pytest.mark.slow),
+        pytest.param("detect_digits.py", ["--detector", "retinanet"], "map50", marks=pytest.mark.slow),
         ("segment_digits.py", [], "mean_iou"),
         pytest.param("segment_digits.py", ["--no-stem"], "mean_iou", marks=pytest.mark.slow),
     ],

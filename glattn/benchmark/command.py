@@ -60,7 +60,8 @@ def choose_models(patterns: Sequence[str], sizes: Sequence[str] | None) -> list[
         found = timm.list_models(name)
         if not found or (options and found != [name]):
             raise ValueError(f"no model of timm is named {name!r}; `timm.list_models('*part*')` finds names")
-        names += [pattern] if options else found
+        written = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        names += [f"{name}({written})"] if options else found
     if not names:
         raise ValueError(f"name models, or a class of them: --class {{{','.join(SIZES)}}}")
     return list(dict.fromkeys(names))

@@ -74,14 +74,17 @@ def split_options(name: str) -> tuple[str, dict[str, Any]]:
     """
     if "(" not in name:
         return name, {}
+    wrong = f"{name!r} is no model; write options as in \"glattn_tiny(layout='full')\""
     try:
         call = ast.parse(name, mode="eval").body
-        assert isinstance(call, ast.Call)
-        assert isinstance(call.func, ast.Name)
-        assert not call.args
-        return call.func.id, {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
-    except (AssertionError, SyntaxError, ValueError):
-        raise ValueError(f"{name!r} is no model; write options as in \"glattn_tiny(layout='full')\"") from None
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError(wrong)
+        options = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(wrong) from None
+    if "None" in options or "num_classes" in options:  # `**options`; and all have the same classes
+        raise ValueError(wrong)
+    return call.func.id, options
 
 
 def create(name: str, pixels: int) -> nn.Module:
@@ -89,7 +92,7 @@ def create(name: str, pixels: int) -> nn.Module:
     name, options = split_options(name)
     if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
         options.setdefault("img_size", pixels)
-    return timm.create_model(name, **{"num_classes": 1000, **options})  # some are of ImageNet-22k by default
+    return timm.create_model(name, num_classes=1000, **options)  # some are of ImageNet-22k by default
 
 
 def prepare(name: str, case: Case, device: torch.device, *, turn: float) -> Contestant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def _label(axes: Any, members: Sequence[Row]) -> None:
     for rank, row in enumerate(ranked):
         right = rank % 2 == 0
         axes.annotate(
-            row["model"], (float(row["params_m"]), float(row["images_per_second"])),
+            textwrap.shorten(row["model"], 40, placeholder="..."),
+            (float(row["params_m"]), float(row["images_per_second"])),
             xytext=(6 if right else -6, 0), textcoords="offset points", va="center", fontsize=7,
             ha="left" if right else "right",
             color=_OURS if _ours(row) else _THEIRS, fontweight="bold" if _ours(row) else "normal",
@@ -104,7 +106,7 @@ def draw_scaling(folder: Path, rows: Sequence[Row]) -> Path | None:
             ours = _ours(members[0])
             axes.plot(
                 [int(row["pixels"]) for row in members], [cost / costs[0] for cost in costs], marker=".",
-                label=members[0]["model"], color=f"C{number % 10}", linewidth=2.4 if ours else 1,
+                label=textwrap.fill(members[0]["model"], 36), color=f"C{number % 10}", linewidth=2.4 if ours else 1,
                 linestyle="-" if number < 10 else "--",
             )  # fmt: skip
         axes.set_title(f"{title}, as a multiple of that at the smallest size", fontsize=10)

@@ -118,7 +118,9 @@ def _signature(text: str) -> str:
 
 
 def _metadata(name: str, config: Mapping[str, Any], record: Record, ours: bool) -> ModelCardData:
-    dataset = record.dataset if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", record.dataset or "") else None
+    # fractals are no data set of the Hub's
+    named = record.dataset if record.dataset != "fractals" else ""
+    dataset = named if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named or "") else None
     title = name.partition("@")[0].rpartition("/")[2]
     results = [
         EvalResult(

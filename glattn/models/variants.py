@@ -4,8 +4,7 @@ from typing import Any
 
 from glattn.config import GLAttnConfig
 
-# Every stage attends on a map of stride 32: pooled where its own is larger. Full attention at stride 16 would cost as
-# much again as half of its MLP, on processors without fused kernels.
+# Every stage attends on a map of stride 32: pooled where its own is larger (see docs/results.md).
 _DEFAULT: dict[str, Any] = {
     "layout": ("pooled", "pooled", "pooled", "full"),
     "pool_stride": (8, 4, 2, 1),

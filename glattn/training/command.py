@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
-from glattn.training.config import TrainConfig, help_text
+from glattn.training.config import NO_DEFAULTS, TrainConfig, help_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration, listed below")
 
 
-def resolve(args: argparse.Namespace, first: Sequence[str] = ()) -> TrainConfig:
-    """Return the configuration that the arguments ask for, after what comes ``first``."""
+def resolve(args: argparse.Namespace, defaults: Mapping[str, Any] = NO_DEFAULTS) -> TrainConfig:
+    """Return the configuration that the arguments ask for, over other defaults than the usual."""
     given = [f"{name}={getattr(args, name)}" for name in ("data", "model", "run", "epochs", "resume")
              if getattr(args, name) is not None]  # fmt: skip
-    return TrainConfig.read(args.config, [*first, *given, *args.overrides])
+    return TrainConfig.read(args.config, [*given, *args.overrides], defaults)
 
 
-def run(args: argparse.Namespace, first: Sequence[str] = ()) -> int:
+def run(args: argparse.Namespace, defaults: Mapping[str, Any] = NO_DEFAULTS) -> int:
     """Train."""
-    config = resolve(args, first)
+    config = resolve(args, defaults)
     if not config.data and not config.dataset:
         raise ValueError("no images given: --data FOLDER, with train/CLASS/*.png and val/CLASS/*.png")
     from torch import distributed

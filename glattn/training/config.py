@@ -12,6 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+NO_DEFAULTS: Mapping[str, Any] = types.MappingProxyType({})
+
 
 def option(default: Any, text: str) -> Any:
     """Declare one option: its default and what it means, with its unit."""
@@ -127,11 +129,17 @@ class TrainConfig:
             raise ValueError(f"resume={self.resume!r}: allowed is 'auto' or nothing")
 
     @classmethod
-    def read(cls, recipe: str | Path | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
-        """Read a YAML recipe and apply ``key=value`` overrides (values are YAML too)."""
+    def read(
+        cls,
+        recipe: str | Path | None = None,
+        overrides: Iterable[str] = (),
+        defaults: Mapping[str, Any] = NO_DEFAULTS,
+    ) -> TrainConfig:
+        """Read a YAML recipe and apply ``key=value`` overrides (values are YAML too), all over some defaults."""
         values: dict[str, Any] = dict(_read_yaml(Path(recipe))) if recipe else {}
         for name in values:
             _check_name(str(name), f" in {recipe}")
+        values = {**defaults, **values}
         for text in overrides:
             name, sign, value = text.partition("=")
             if not sign:

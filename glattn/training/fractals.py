@@ -2,7 +2,7 @@
 
 After FractalDB (arXiv:2101.08515), the systems sampled as by Anderson and Farrell (arXiv:2110.03091). A system is two
 to four affine maps ``x -> A x + t``; its picture is the set that they map onto itself, found by the chaos game. Nothing
-here is a photograph: no licence, no privacy, and the same pictures anywhere from the same seeds.
+here is a photograph: no licence, no privacy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ TABLE = "fractals1k.csv.gz"
 CLASSES, MOST_MAPS = 1000, 4
 SAMPLES = 50_000  # an epoch's training images
 HELD_OUT = 2_000  # validation images: two a class, the same every time
-CHAINS, SETTLING, STEPS = 256, 12, 16  # points walked at once; steps before they count, and counted: 4096 points
+SETTLING, STEPS = 12, 16  # steps of a walk before its points count, and that count
+CHAINS = 256  # walks at once, for 64 x 64 pixels: 4096 points; as many a pixel at other sizes
 _DIGITS = 5  # decimals of the table: coarser than the last bits in which machines differ
 
 
@@ -60,7 +61,7 @@ def _fill(maps: np.ndarray) -> float:
 
 
 def pack(table: Sequence[np.ndarray]) -> bytes:
-    """Return a table of systems as gzipped CSV, one row a map: the same systems, the same bytes."""
+    """Return a table of systems as gzipped CSV, one row a map."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["class", "a", "b", "c", "d", "e", "f"])
@@ -139,8 +140,11 @@ class Draws:
     mono: Tensor
 
     @classmethod
-    def of(cls, maps: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], device: torch.device) -> Draws:
-        """Draw for pictures of these systems."""
+    def of(
+        cls, maps: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], *, side: int, device: torch.device
+    ) -> Draws:
+        """Draw for pictures of these systems, of ``side`` pixels."""
+        chains = max(CHAINS * side**2 // 64**2, 16)
         drawn: list[list[np.ndarray]] = [[] for _ in range(5)]
         changed = []
         for rows, seed in zip(maps, seeds, strict=True):
@@ -149,7 +153,7 @@ class Draws:
             changed.append(rows.copy())
             changed[-1][number, :4] *= min(factor, 0.99 / np.linalg.norm(rows[number, :4].reshape(2, 2), 2))
             values = (
-                rng.random((SETTLING + STEPS, CHAINS), dtype=np.float32),
+                rng.random((SETTLING + STEPS, chains), dtype=np.float32),
                 np.array([rng.integers(8), rng.uniform(0.8, 1.6), *rng.uniform(-0.3, 0.3, size=2)]),
                 rng.uniform(size=(2, 3)),
                 rng.uniform(size=(4, 5, 5)),
@@ -171,7 +175,7 @@ def render(draws: Draws, side: int) -> Tensor:
     points = points * signs * draws.pose[:, None, 1:2] + draws.pose[:, None, 2:]
     cells = ((points + 1) * (side / 2)).floor()
     inside = ((cells >= 0) & (cells < side)).all(-1)
-    index = torch.where(inside, cells[..., 0] * side + cells[..., 1], 0).nan_to_num(0).long()
+    index = torch.where(inside, cells[..., 0] * side + cells[..., 1], 0).long()
     hits = torch.zeros(len(points), side * side, device=points.device).scatter_add_(1, index, inside.float())
     figure = (1 - torch.exp(-hits)).view(-1, 1, side, side)
     smooth = F.interpolate(draws.noise, size=(side, side), mode="bilinear", align_corners=True)

@@ -16,7 +16,8 @@ from glattn.training import command, fractals
 from glattn.training.config import TrainConfig
 from glattn.training.data import Source
 
-RECIPE = ("image_size=64", "batch_size=128", "lr=0.002", "optimizer_args.fused=true")
+# over the defaults of `TrainConfig`, under a recipe's file
+RECIPE = {"dataset": "fractals", "image_size": 64, "epochs": 40, "batch_size": 128, "lr": 0.002}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FractalSource(Source):
         maps, seeds = zip(
             *((self.maps[self.targets[i]], [1, i] if self.fixed else [0, i, seed]) for i, seed in places), strict=True
         )
-        return fractals.render(fractals.Draws.of(maps, seeds, device), side)
+        return fractals.render(fractals.Draws.of(maps, seeds, side=side, device=device), side)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return picture number `index`, and its class."""
@@ -92,28 +93,40 @@ class FractalLoader:
 
 
 def open_fractals(config: TrainConfig) -> tuple[FractalSource, FractalSource]:
-    """Return an epoch's training pictures, new ones in every epoch, and those to validate on, always the same."""
-    side = config.image_size or 64
+    """Return an epoch's training pictures, new ones in every epoch, and those to validate on, always the same.
+
+    Raises:
+        ValueError: Images are given too, or no size.
+    """
+    if config.data:
+        raise ValueError(f"data={config.data!r} with dataset=fractals: fractals are drawn, not read; leave data out")
+    if config.image_size is None:
+        raise ValueError("dataset=fractals needs a size to draw at, such as image_size=64")
     return (
-        FractalSource.of(fractals.SAMPLES, fixed=False, side=side),
-        FractalSource.of(fractals.HELD_OUT, fixed=True, side=side),
+        FractalSource.of(fractals.SAMPLES, fixed=False, side=config.image_size),
+        FractalSource.of(fractals.HELD_OUT, fixed=True, side=config.image_size),
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments: those of ``glattn train``, and how long."""
     command.add_arguments(parser)
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=2_000_000,
-        help=f"pictures to train on, in epochs of {fractals.SAMPLES} (%(default)s)",
-    )
+    text = f"pictures to train on, a multiple of an epoch's {fractals.SAMPLES} (2000000, or the recipe's epochs)"
+    parser.add_argument("--samples", type=int, help=text)
+    recipe = " ".join(f"{key}={value}" for key, value in RECIPE.items())
+    parser.epilog = f"defaults here, over those below: {recipe}\n\n{parser.epilog}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Pretrain."""
-    if args.samples < fractals.SAMPLES:
-        raise ValueError(f"--samples {args.samples}: give an epoch or more, {fractals.SAMPLES}")
-    recipe = () if args.config else RECIPE
-    return command.run(args, (*recipe, "dataset=fractals", f"epochs={args.samples // fractals.SAMPLES}"))
+    said = [*args.overrides, *([f"epochs={args.epochs}"] if args.epochs is not None else [])]
+    if wrong := next((text for text in said if text.startswith("dataset=") and text != "dataset=fractals"), None):
+        raise ValueError(f"{wrong}: glattn pretrain draws fractals; `glattn train` takes other images")
+    if args.samples is None:
+        return command.run(args, RECIPE)
+    if args.samples < 1 or args.samples % fractals.SAMPLES:
+        raise ValueError(f"--samples {args.samples}: give a multiple of an epoch, {fractals.SAMPLES}")
+    if any(text.startswith("epochs=") for text in said):
+        raise ValueError("--samples and epochs both say how long; give one of them")
+    args.epochs = str(args.samples // fractals.SAMPLES)
+    return command.run(args, RECIPE)
