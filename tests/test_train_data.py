@@ -132,6 +132,10 @@ def one_class(root):
             (root / split / name).rmdir()
 
 
+def two_of_one_name(root):
+    write_class(root / "train" / "group" / "red", (200, 30, 30), 2)
+
+
 def loose_images(root):
     noisy((1, 2, 3), 0).save(root / "train" / "loose.png")
 
@@ -150,6 +154,7 @@ PROBLEMS = {
     without_val_class: "without validation images: 'red'",
     other_val_class: "without validation images: 'red'; without training images: 'rose'",
     one_class: "one class only ('red')",
+    two_of_one_name: "class 'red' has two folders",
     loose_images: "holds images of no class (loose.png",
     no_images: "no images in",
     val_only: "holds val but no train folder",

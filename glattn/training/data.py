@@ -6,6 +6,7 @@ alone: not from the number of workers or processes, nor from where a run was int
 
 from __future__ import annotations
 
+import os
 import random
 import tarfile
 from collections.abc import Iterator
@@ -163,6 +164,15 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
             if not any(p.suffix.lower() in EXTENSIONS for p in folder.rglob("*")):
                 raise ValueError(
                     f"class {folder.name!r} is empty: no images in {folder}; add some or remove the folder"
+                )
+        homes: dict[int, str] = {}  # timm names a class by the last folder alone
+        for path, target in reader.samples:
+            home = os.path.dirname(path)
+            if homes.setdefault(target, home) != home:
+                name, both = os.path.basename(home), sorted(os.path.relpath(h, root) for h in (homes[target], home))
+                raise ValueError(
+                    f"class {name!r} has two folders in {root}, {' and '.join(both)}; give each class one folder, of a"
+                    " name of its own"
                 )
     names = [""] * (max(mapping.values()) + 1)
     for name, index in mapping.items():
