@@ -66,10 +66,15 @@ class Digits:
         self.indices, self.images, self.labels = chosen, digits.images[chosen] / 16, digits.target[chosen]
         self.digit_side, self.image_side, self.most = digit_side, image_side, most
 
-    def scene(self, seed: int | tuple[int, ...]) -> Scene:
-        """Return the scene of this seed."""
+    def size(self, rng: np.random.Generator) -> tuple[int, int]:
+        """Draw a height and a width."""
+        height, width = rng.integers(*self.image_side, size=2, endpoint=True)
+        return int(height), int(width)
+
+    def scene(self, seed: int | tuple[int, ...], size: tuple[int, int] | None = None) -> Scene:
+        """Return the scene of this seed, of this height and width or of some of its own."""
         rng = np.random.default_rng(seed)
-        height, width = rng.integers(self.image_side[0], self.image_side[1], size=2, endpoint=True)
+        height, width = size or self.size(rng)
         canvas = _background(rng, height, width)
         mask = np.zeros((height, width), np.uint8)
         taken = np.zeros((height, width), bool)
