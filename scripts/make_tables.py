@@ -1,6 +1,7 @@
-"""Write the generated tables of README.md: sizes and named variants, counted from the models themselves."""
+"""Write the generated tables: README.md's, counted from the models, and docs/results.md's, from the files beside it."""
 
 import argparse
+import csv
 from pathlib import Path
 
 import timm
@@ -9,6 +10,7 @@ from glattn.files import write_text
 from glattn.listing import describe
 
 ROOT = Path(__file__).resolve().parents[1]
+PEERED = ("atto", "tiny")  # sizes that docs/results.md compares
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
 
@@ -34,6 +36,59 @@ def variants() -> str:
     return "\n".join(rows)
 
 
+def read(name: str) -> list[dict[str, str]]:
+    """Return the rows of a file in docs/results/."""
+    with (ROOT / "docs" / "results" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def speed(size: str) -> str:
+    """Return how fast a size and its peers are, as multiples of the ConvNeXt of that name."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in read(f"speed-{size}/rows.csv"):
+        found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = row
+    head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8", "training, batch 8")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, cases in sorted(found.items(), key=lambda item: -float(item[1]["infer 8"]["ratio"] or 0)):
+        bold = "**" if name.startswith("glattn") else ""
+        columns = (("infer 8", "params_m", ".1f"), ("infer 8", "gmacs", ".2f"), ("infer 1", "ratio", ".2f"),
+                   ("infer 8", "ratio", ".2f"), ("infer 8", "share_of_matmul", ".0%"),
+                   ("train 8", "ratio", ".2f"))  # fmt: skip
+        values = [(cases.get(case, {}).get(field), form) for case, field, form in columns]
+        cells = [format(float(value), form) if value else "" for value, form in values]
+        rows.append(f"| {bold}`{name}`{bold} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def scaling() -> str:
+    """Return time and peak memory a pixel, weights left out, as multiples of those at 224."""
+    by_model: dict[str, dict[int, dict[str, str]]] = {}
+    for row in read("scaling/rows.csv"):
+        by_model.setdefault(row["model"], {})[int(row["pixels"])] = row
+    sides = sorted(next(iter(by_model.values())))
+    head = [f"{what} at {side}" for what in ("time", "memory") for side in sides[1:]]
+    rows = [f"| model | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
+
+    def activations(row: dict[str, str]) -> float:
+        return float(row["peak_mb"]) - float(row["held_mb"])
+
+    for name, cases in by_model.items():
+        cells = []
+        for cost in (lambda row: float(row["milliseconds"]), activations):
+            least = cost(cases[sides[0]]) / sides[0] ** 2
+            cells += [f"{cost(cases[side]) / side**2 / least:.2f}" for side in sides[1:]]
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def measured() -> str:
+    """Return docs/results.md with its tables filled."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    for size in PEERED:
+        text = fill(text, f"speed-{size}", speed(size))
+    return fill(text, "scaling", scaling())
+
+
 def fill(text: str, name: str, table: str) -> str:
     """Return the text with what stands between the table's two markers replaced."""
     start, end = f"<!-- {name}: make tables -->", f"<!-- /{name} -->"
@@ -46,6 +101,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = fill(fill(readme.read_text(), "sizes", sizes()), "variants", variants())
     write_text(readme, text)
+    write_text(ROOT / "docs" / "results.md", measured())
 
 
 if __name__ == "__main__":
