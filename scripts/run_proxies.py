@@ -8,6 +8,7 @@ killed list goes on where it was.
 import argparse
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 from bootstrap import compare
 
+from glattn.benchmark.contestant import split_options
 from glattn.files import replacing
 
 FIELDS = (
@@ -87,11 +89,13 @@ class Proxies:
         if time.monotonic() >= self.end:
             return None
         folder = self.folder(model, lr, seed)
+        name, options = split_options(model)
         print(f"{model} lr {lr:g} seed {seed}", flush=True)
         begun = time.monotonic()
         command = [
             sys.executable, "-m", "glattn", "train", "--config", str(self.args.config), *self.args.settings,
-            f"data={self.args.data}", f"model={model}", f"lr={lr}", f"seed={seed}", f"run={folder}", "resume=auto",
+            f"data={self.args.data}", f"model={name}", *(f"model_args.{k}={json.dumps(v)}" for k, v in options.items()),
+            f"lr={lr}", f"seed={seed}", f"run={folder}", "resume=auto",
         ]  # fmt: skip
         with (self.out / f"{folder.name}.log").open("a") as log:
             if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
@@ -106,7 +110,8 @@ class Proxies:
 
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""
-        return self.out / "-".join([model, f"{lr:g}", f"seed{seed}", *self.args.settings]).replace("/", "_")
+        parts = [*re.findall(r"[\w.]+", model), f"{lr:g}", f"seed{seed}", *self.args.settings]
+        return self.out / "-".join(parts).replace("/", "_")
 
     def compare(self) -> list[Row]:
         """Write and return the comparisons of the first model with each other one."""
@@ -184,7 +189,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the recipe, for all models alike")
     parser.add_argument(
-        "--models", nargs="+", required=True, help="timm models; the others are compared with the first"
+        "--models",
+        nargs="+",
+        required=True,
+        help="timm models, or \"glattn_atto(layout='full')\"; the others are compared with the first",
     )
     parser.add_argument("--data", type=Path, default=Path("data/icons100"), help="folder with train, val, test")
     parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"))

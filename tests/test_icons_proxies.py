@@ -93,6 +93,24 @@ def test_lr_is_chosen_on_val_and_the_other_seeds_follow_it(proxies):
     assert (done.out / "comparisons.csv").exists()
 
 
+def test_a_model_may_have_options(proxies, monkeypatch):
+    make, _ = proxies
+    named = "a(layout=['pooled', 'full', 'full', 'full'], head_dim=16)"
+    done = make("a", named)
+    commands, train = [], run_proxies.subprocess.run
+    monkeypatch.setattr(
+        run_proxies.subprocess, "run", lambda c, **options: (commands.append(c), train(c, **options))[1]
+    )
+    assert done.run()
+    assert 'model_args.layout=["pooled", "full", "full", "full"]' in commands[-1]
+    assert "model_args.head_dim=16" in commands[-1]
+    assert "model=a" in commands[-1]
+    assert done.folder("a", 1e-3, 0) != done.folder(named, 1e-3, 0)
+    assert {row["model"] for row in done.rows} == {"a", named}
+    with pytest.raises(ValueError, match="is no model"):
+        make("a(").run()
+
+
 def test_a_list_goes_on_where_it_was(proxies):
     make, trained = proxies
     assert make("a").run()
