@@ -90,12 +90,86 @@ def choice() -> str:
     return "\n".join(rows + [f"| `{name}` | {batch} | {' | '.join(cells)} |" for (name, batch), cells in found.items()])
 
 
+def deployment() -> str:
+    """Return each runtime's speed as a multiple of eager's, and how far its logits are off."""
+    table: dict[str, dict[str, dict[str, str]]] = {}
+    for row in read("deployment.csv"):
+        table.setdefault(row["runtime"], {})[f"{row['model']}, batch {row['batch']}"] = row
+    cases = list(next(iter(table.values())))
+    rows = [f"| runtime | {' | '.join(cases)} | largest difference |", "|---" * (2 + len(cases)) + "|"]
+    for runtime, found in table.items():
+        off = max(float(row["difference"]) for row in found.values())
+        rows.append(f"| {runtime} | {' | '.join(found[case]['times_eager'] for case in cases)} | {off:.0e} |")
+    return "\n".join(rows)
+
+
+def drawings(data: str) -> str:
+    """Return each model's accuracy on drawings, and how far ours is above it."""
+    by_model: dict[str, list[dict[str, str]]] = {}
+    for row in read(f"{data}/runs.csv"):
+        if row["chosen"] == "yes":
+            by_model.setdefault(row["model"], []).append(row)
+    compared = {row["other"]: row for row in read(f"{data}/comparisons.csv")}
+    speeds = {
+        row["model"]: row["ratio"]
+        for row in read("speed-atto/rows.csv")
+        if (row["task"], row["batch"]) == ("infer", "8")
+    }
+    head = ("model", "parameters (M)", "speed at 224", "lr", "top-1 by seed", "`glattn_atto` less this", "95%", "")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, runs in by_model.items():
+        other = compared.get(name, {})
+        cells = [
+            f"`{name}`",
+            f"{float(runs[0]['parameters']) / 1e6:.1f}",
+            f"{float(speeds[name]):.2f}" if name in speeds else "",
+        ]
+        cells += [runs[0]["lr"], ", ".join(f"{float(run['test_top1']):.1f}" for run in runs)]
+        cells += (
+            [
+                f"{float(other['points']):+.1f}",
+                f"{float(other['low']):+.1f} to {float(other['high']):+.1f}",
+                other["verdict"],
+            ]
+            if other
+            else [""] * 3
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def ablation() -> str:
+    """Return what each mechanism does to accuracy and speed."""
+    head = ("mechanism", "design", "parameters (M)", "GMACs", "speed", "top-1", "less the default", "95%", "")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in read("ablation/icons100.csv"):
+        design = row["design"].partition("(")[2].removesuffix(")")
+        cells = [row["mechanism"], f"`{design}`" if design else "", f"{float(row['parameters']):.1f}"]
+        cells += [
+            f"{float(row['gmacs']):.2f}",
+            f"{float(row['times_default_speed']):.2f}",
+            f"{float(row['test_top1']):.1f}",
+        ]
+        if row["points"]:
+            cells += [
+                f"{float(row['points']):+.1f}",
+                f"{float(row['low']):+.1f} to {float(row['high']):+.1f}",
+                row["verdict"],
+            ]
+        else:
+            cells += [""] * 3
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def measured() -> str:
     """Return docs/results.md with its tables filled."""
     text = (ROOT / "docs" / "results.md").read_text()
     for size in PEERED:
         text = fill(text, f"speed-{size}", speed(size))
-    return fill(fill(text, "scaling", scaling()), "choice", choice())
+    for name, table in (("scaling", scaling()), ("deployment", deployment()), ("choice", choice())):
+        text = fill(text, name, table)
+    return text
 
 
 def fill(text: str, name: str, table: str) -> str:

@@ -113,13 +113,20 @@ class Proxies:
         parts = [*re.findall(r"[\w.]+", model), f"{lr:g}", f"seed{seed}", *self.args.settings]
         return self.out / "-".join(parts).replace("/", "_")
 
+    def chosen(self, model: str) -> list[Row]:
+        """Return a model's rows at the lr that was chosen."""
+        mine = [
+            row for row in self.rows if (row["model"], row["settings"], row["chosen"]) == (model, self.settings, "yes")
+        ]
+        return [row for row in mine if int(row["seed"]) in self.args.seeds]
+
     def compare(self) -> list[Row]:
         """Write and return the comparisons of the first model with each other one."""
         found = []
-        runs = {model: [right(self.folder(model, float(r["lr"]), int(r["seed"])) / "test.csv")
-                        for r in self.rows if r["model"] == model and r["chosen"] == "yes"
-                        and r["settings"] == self.settings and int(r["seed"]) in self.args.seeds]
-                for model in self.args.models}  # fmt: skip
+        runs = {
+            model: [right(self.folder(model, float(r["lr"]), int(r["seed"])) / "test.csv") for r in self.chosen(model)]
+            for model in self.args.models
+        }
         mine = self.args.models[0]
         authors = authors_of(list(runs[mine][0]))
         for other in self.args.models[1:]:

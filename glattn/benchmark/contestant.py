@@ -126,7 +126,7 @@ def _faster_format(model: nn.Module, image: Tensor, case: Case, device: torch.de
     synchronize = synchronizer(device)
     repeats = max(1, round(turn / max(time_step(step, 1, synchronize) for step in steps.values())))
     best = dict.fromkeys(steps, float("inf"))
-    for _ in range(3):
+    for _ in range(5):
         for name, step in steps.items():
             best[name] = min(best[name], time_step(step, repeats, synchronize))
     return min(best, key=lambda name: best[name])

@@ -1,0 +1,157 @@
+"""Switch one mechanism of a model at a time: accuracy on drawings, speed, one CSV and one picture of both.
+
+    python scripts/ablate.py                  # all of it; a killed run goes on where it was
+
+Accuracy is of run_proxies.py, at one lr and seed unless told otherwise; speed of `glattn benchmark` at 224 pixels,
+batch 8, as a multiple of the first design's. The training data must be there: make_icons.py, make_paths.py.
+"""
+
+import argparse
+import sys
+from itertools import zip_longest
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import run_proxies
+from matplotlib.figure import Figure
+from run_proxies import Row
+
+from glattn.cli import main as glattn
+from glattn.training.figures import save_figure
+
+WINDOWS = ["window", "window", "window", "full"]
+# mechanism: what stands instead of the default; every list has one value a stage
+DESIGNS: dict[str, list[dict[str, Any]]] = {
+    "default": [{}],
+    "branches": [{"fusion": "local"}, {"fusion": "global"}],
+    "fusion": [{"fusion": "split", "head_dim": 16}, {"fusion": "concat"}, {"fusion": "gated"}],
+    "kernels": [{"kernel_sizes": sizes} for sizes in ((3,), (5,), (7,), (3, 7))],
+    "gate": [{"local_gate": gate} for gate in ("none", "eca")],
+    "convolution": [{"local": "augmented"}, {"local_groups": 4}],
+    "layout": [
+        {"layout": ["pooled", "pooled", "full", "full"], "pool_stride": [4, 2, 1, 1]},
+        {"layout": "full"},
+        {"layout": WINDOWS},
+        {"layout": ["window", "shifted", "window", "full"]},
+        {"layout": ["window", "grid", "grid", "full"]},
+        {"layout": ["overlap", "overlap", "overlap", "full"]},
+        {"layout": ["cross_shaped", "cross_shaped", "cross_shaped", "full"], "head_dim": 16},
+    ],
+    "cross-window": [{"layout": WINDOWS, "cross_window": "strip"}],
+    "position": [{"position": position} for position in ("none", "bias", "cpb", "rope", "rope_mixed")],
+    "mechanism": [{"mechanism": mechanism} for mechanism in ("relu_linear", "performer", "linformer", "reformer")],
+    "context": [{"context": "gc"}],
+    "head width": [{"head_dim": 16}],
+    "activation": [{"act_layer": act} for act in ("relu", "gelu")],
+}
+COLUMNS = (
+    "mechanism", "design", "parameters", "gmacs", "times_default_speed", "data", "test_top1", "points", "low", "high",
+    "verdict", "seeds", "settings",
+)  # fmt: skip
+
+
+def written(model: str, options: dict[str, Any]) -> str:
+    """Return a design's name as `glattn benchmark` and run_proxies.py write it."""
+    inside = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"{model}({inside})" if inside else model
+
+
+def accuracy(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
+    """Return accuracy, and its difference from the first's, of the designs that there was time for."""
+    settings = {"models": models, "data": args.data, "config": args.config, "lr": [args.lr], "seeds": args.seeds}
+    proxies = run_proxies.Proxies(
+        SimpleNamespace(**settings, out=args.runs, minutes=args.minutes, settings=args.settings)
+    )
+    if not proxies.run():
+        print("time is up; the same command goes on")
+        proxies.args.models = [model for model in models if proxies.chosen(model)]
+    found = {row["other"]: row for row in proxies.compare()}
+    for model in proxies.args.models:
+        tests = [float(row["test_top1"]) for row in proxies.chosen(model)]
+        row = found.setdefault(model, dict.fromkeys(("points", "low", "high", "verdict"), ""))
+        row |= {"test_top1": f"{sum(tests) / len(tests):.2f}", "seeds": str(len(tests)), "settings": proxies.settings}
+    return found
+
+
+def speed(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
+    """Return each design's row of a benchmark at 224 pixels, batch 8; what the file holds is not measured again."""
+    folder = args.out / "speed"
+    command = ["benchmark", *models, "--batch", "8", "--rounds", str(args.rounds), "--baseline", models[0]]
+    if status := glattn([*command, "--out", str(folder), "--resume"]):
+        raise SystemExit(status)
+    return {row["model"]: row for row in run_proxies.read_csv(folder / "rows.csv")}
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw points of accuracy gained or lost against speed, with the interval of each; the default is the cross."""
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color="#475569", linewidth=1)
+    axes.axvline(1, color="#475569", linewidth=1)
+    kinds = list(DESIGNS)
+    for row in rows:
+        if not row["points"]:
+            continue
+        # comparisons are of the default less the design
+        x, y = float(row["times_default_speed"]), float(row["points"])
+        colour = f"C{kinds.index(row['mechanism']) % 10}"
+        axes.errorbar(
+            x, y, [[y - float(row["low"])], [float(row["high"]) - y]], marker="o", color=colour, elinewidth=0.6
+        )
+        axes.annotate(row["design"].partition("(")[2].removesuffix(")"), (x, y), xytext=(4, 4),
+                      textcoords="offset points", fontsize=7, color=colour)  # fmt: skip
+    axes.set_xlabel("images a second at 224 pixels, batch 8, as a multiple of the default's")
+    axes.set_ylabel(f"points of top-1 on {rows[0]['data']} above the default, with 95% interval over test authors")
+    axes.margins(0.15, 0.08)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def main() -> int:
+    """Train, time, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the recipe, for all designs alike")
+    parser.add_argument("--model", default="glattn_atto", help="whose mechanisms are switched (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=list(DESIGNS)[1:], help="mechanisms (default: all)")
+    parser.add_argument("--data", type=Path, default=Path("data/icons100"), help="folder with train, val, test")
+    parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"))
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="begin no training after this time; the same command goes on")
+    parser.add_argument("--rounds", type=int, default=7, help="of the benchmark (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/ablation"), help="folder (%(default)s)")
+    args = parser.parse_args()
+    kinds = ["default", *args.only] if args.only else list(DESIGNS)
+    # the first of each mechanism, then the second: a short run says something of all
+    turns = zip_longest(*([(written(args.model, options), kind) for options in DESIGNS[kind]] for kind in kinds))
+    designs = dict(design for turn in turns for design in turn if design)
+    try:
+        accuracies = accuracy(args, list(designs))
+        designs = {design: kind for design, kind in designs.items() if design in accuracies}
+        speeds = speed(args, list(designs)) if designs else {}
+    except (ValueError, OSError) as error:
+        print(f"ablate: {error}", file=sys.stderr)
+        return 1
+    rows = []
+    for design, kind in sorted(designs.items(), key=lambda item: kinds.index(item[1])):
+        found, timed = accuracies[design], speeds[design]
+        # run_proxies.py has the default less the design
+        turned = {"points": found["points"], "low": found["high"], "high": found["low"]}
+        rows.append(
+            {"mechanism": kind, "design": design, "parameters": timed["params_m"], "gmacs": timed["gmacs"]}
+            | {"times_default_speed": timed["ratio"], "data": args.data.name}
+            | {key: f"{-float(value):.2f}" if value else "" for key, value in turned.items()}
+            | {"verdict": {"better": "worse", "worse": "better"}.get(found["verdict"], found["verdict"])}
+            | {key: found[key] for key in ("test_top1", "seeds", "settings")}
+        )
+    run_proxies.write_csv(args.out / f"{args.data.name}.csv", COLUMNS, rows)
+    draw(rows, args.out / f"{args.data.name}.png")
+    for row in rows:
+        print(f"{row['design']:90} {row['test_top1']:>6} {row['points']:>6} {row['times_default_speed']:>6}x")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
