@@ -10,7 +10,7 @@ from glattn.files import write_text
 from glattn.listing import describe
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERED = ("atto", "tiny")  # sizes that docs/results.md compares
+PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
 
@@ -47,15 +47,30 @@ def speed(size: str) -> str:
     found: dict[str, dict[str, dict[str, str]]] = {}
     for row in read(f"speed-{size}/rows.csv"):
         found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = row
-    head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8")
+    head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8", "training, batch 8")
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, cases in sorted(found.items(), key=lambda item: -float(item[1]["infer 8"]["ratio"] or 0)):
         bold = "**" if name.startswith("glattn") else ""
         columns = (("infer 8", "params_m", ".1f"), ("infer 8", "gmacs", ".2f"), ("infer 1", "ratio", ".2f"),
-                   ("infer 8", "ratio", ".2f"), ("infer 8", "share_of_matmul", ".0%"))  # fmt: skip
+                   ("infer 8", "ratio", ".2f"), ("infer 8", "share_of_matmul", ".0%"),
+                   ("train 8", "ratio", ".2f"))  # fmt: skip
         values = [(cases.get(case, {}).get(field), form) for case, field, form in columns]
         cells = [format(float(value), form) if value else "" for value, form in values]
         rows.append(f"| {bold}`{name}`{bold} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def modes() -> str:
+    """Return what compilation and bfloat16 gain each model over its own eager fp32, images a second."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in read("speed-modes/rows.csv"):
+        rate = float(row["images_per_second"] or "nan")
+        found.setdefault((row["model"], row["batch"]), {})[f"{row['precision']} {row['engine']}"] = rate
+    kinds = list(next(iter(found.values())))
+    rows = [f"| model | batch | {' | '.join(kinds[1:])} |", "|---" * (1 + len(kinds)) + "|"]
+    for (name, batch), rates in found.items():
+        gains = [f"{rates[kind] / rates[kinds[0]]:.2f}" for kind in kinds[1:]]
+        rows.append(f"| `{name}` | {batch} | {' | '.join(gains)} |")
     return "\n".join(rows)
 
 

@@ -1,0 +1,69 @@
+"""Mechanisms switched one at a time: every design exists, and the table says what was measured, with its sign."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import ablate
+import run_proxies
+
+from glattn.benchmark.contestant import split_options
+
+DESIGNS = [options for designs in ablate.DESIGNS.values() for options in designs]
+
+
+def test_no_design_is_named_twice():
+    names = [ablate.written("glattn_atto", options) for options in DESIGNS]
+    assert len(set(names)) == len(names)
+    assert all(ablate.written(*split_options(name)) == name for name in names)  # the benchmark's way of writing
+
+
+@pytest.mark.parametrize("options", DESIGNS, ids=str)
+def test_every_design_runs_at_64_pixels(options):
+    model = timm.create_model("glattn_atto", num_classes=5, **json.loads(json.dumps(options))).eval()
+    with torch.inference_mode():
+        assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
+
+
+def test_the_table_has_the_signs_of_the_design(tmp_path, monkeypatch):
+    wrong = {"glattn_atto": 20, "local": 60, "split": 0}
+
+    def train(command, **_):
+        said = dict(part.split("=", 1) for part in command if "=" in part)
+        folder = Path(said["run"])
+        folder.mkdir(parents=True)
+        missed = wrong[json.loads(said.get("model_args.fusion", f'"{said["model"]}"'))]
+        rows = [{"image": f"i{n}", "right": str(int(n >= missed))} for n in range(200)]
+        run_proxies.write_csv(folder / "test.csv", ("image", "right"), rows)
+        return SimpleNamespace(returncode=0)
+
+    def measured(command):
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir(parents=True)
+        names = command[1 : command.index("--batch")]
+        rows = [{"model": name, "params_m": "3", "gmacs": "0.4", "ratio": str(n)} for n, name in enumerate(names, 1)]
+        run_proxies.write_csv(folder / "rows.csv", tuple(rows[0]), rows)
+        return 0
+
+    monkeypatch.setattr(run_proxies.subprocess, "run", train)
+    monkeypatch.setattr(run_proxies, "finished", lambda run, data: {"val_top1": "50", "test_top1": "60"})
+    monkeypatch.setattr(ablate, "glattn", measured)
+    monkeypatch.setattr(
+        ablate, "DESIGNS", {"default": [{}], "branches": [{"fusion": "local"}], "fusion": [{"fusion": "split"}]}
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["ablate.py", "--data", "icons100", "--runs", str(tmp_path), "--out", str(tmp_path / "out")]
+    )
+    assert ablate.main() == 0
+    default, local, split = run_proxies.read_csv(tmp_path / "out" / "icons100.csv")
+    assert (default["points"], default["design"]) == ("", "glattn_atto")
+    assert (local["points"], local["verdict"], local["times_default_speed"]) == ("-20.00", "worse", "2")
+    assert (split["points"], split["verdict"]) == ("10.00", "better")
+    assert float(local["low"]) < float(local["points"]) < float(local["high"]) < 0
+    assert (tmp_path / "out" / "icons100.png").stat().st_size > 10_000
