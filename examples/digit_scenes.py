@@ -118,6 +118,6 @@ def _drawn(rng: np.random.Generator, cells: np.ndarray, side: float) -> np.ndarr
     size = (max(round(side * rng.uniform(0.85, 1.15)), 8), max(round(side * rng.uniform(0.85, 1.15)), 8))
     image = Image.fromarray((np.pad(cells, 1) * 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     ink = np.asarray(image.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC), np.float64) / 255
-    ink = ((ink - 0.25) * 2).clip(0, 1)  # firm strokes, so that what is ink is no matter of taste
+    ink = ((ink - 0.375) * 4).clip(0, 1)  # firm strokes, so that what is ink is no matter of taste
     rows, columns = np.flatnonzero((ink > 0).any(1)), np.flatnonzero((ink > 0).any(0))
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

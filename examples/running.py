@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from glattn.files import replacing, write_text
 
 
-def arguments(description: str, *, steps: int, output: str) -> argparse.ArgumentParser:
+def arguments(description: str, *, steps: int, output: str, warm_up: int = 500) -> argparse.ArgumentParser:
     """Return the parser of the options that all examples have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="glattn_atto", help="backbone, by timm's name")
     parser.add_argument("--steps", type=int, default=steps, help="steps of training")
-    parser.add_argument("--warm-up", type=int, default=500, help="steps before on single digits, of the backbone alone")
+    parser.add_argument(
+        "--warm-up", type=int, default=warm_up, help="steps before on single digits, of the backbone alone"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="scenes a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--held-out", type=int, default=200, help="scenes of held-out digits to measure on")

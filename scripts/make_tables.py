@@ -182,7 +182,8 @@ def measured() -> str:
     text = (ROOT / "docs" / "results.md").read_text()
     for size in PEERED:
         text = fill(text, f"speed-{size}", speed(size))
-    for name, table in (("scaling", scaling()), ("deployment", deployment()), ("choice", choice())):
+    tables = {"scaling": scaling(), "deployment": deployment(), "modes": modes(), "icons100": drawings("icons100")}
+    for name, table in (tables | {"ablation": ablation(), "choice": choice()}).items():
         text = fill(text, name, table)
     return text
 
