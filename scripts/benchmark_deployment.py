@@ -26,6 +26,7 @@ from glattn.export import export
 from glattn.files import replacing
 
 Run = Callable[[Tensor], Tensor]
+REPEATS = 3  # in a turn
 ROW = ("model", "runtime", "batch", "height", "width", "threads", "milliseconds", "times_eager", "difference")
 
 
@@ -82,14 +83,15 @@ RUNTIMES: dict[str, tuple[Callable[[torch.nn.Module, Path, int], Run], tuple[str
 
 
 def measure(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Return seconds of each run, round by round, after one round to warm up."""
+    """Return seconds of each run, round by round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in runs.items():
+            run(x)  # untimed: threads of the runtime before may still be spinning
             start = time.perf_counter()
-            run(x)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            for _ in range(REPEATS):
+                run(x)
+            seconds[name].append((time.perf_counter() - start) / REPEATS)
     return seconds
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import timm
 
+from glattn.benchmark.contestant import split_options
 from glattn.files import write_text
 from glattn.listing import describe
 
@@ -105,6 +106,30 @@ def choice() -> str:
     return "\n".join(rows + [f"| `{name}` | {batch} | {' | '.join(cells)} |" for (name, batch), cells in found.items()])
 
 
+def widths() -> str:
+    """Return what fewer and wider blocks do: speed as a multiple of the ConvNeXt's of that size, accuracy on icons."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in read("widths/rows.csv"):
+        found.setdefault(row["model"], {})[row["batch"]] = row
+    accuracies: dict[str, list[str]] = {}
+    for row in read("widths/icons100.csv"):
+        accuracies.setdefault(row["model"].translate(str.maketrans("[]", "()")), []).append(row["test_top1"])
+    head = ("size", "widths", "depths", "parameters (M)", "GMACs", "batch 1", "batch 8", "icons100, by seed")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, batches in found.items():
+        model, options = split_options(name)
+        if options:
+            size = model.removeprefix("glattn_")
+            cells = [size, *("-".join(map(str, options[key])) for key in ("dims", "depths"))]
+            cells += [f"{float(batches['8']['params_m']):.1f}", f"{float(batches['8']['gmacs']):.2f}"]
+            for batch, row in batches.items():
+                base = float(found[f"convnext_{size}"][batch]["images_per_second"])
+                cells.append(f"{float(row['images_per_second']) / base:.2f}")
+            cells.append(", ".join(f"{float(top1):.1f}" for top1 in accuracies.get(name, [])))
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def deployment() -> str:
     """Return each runtime's speed as a multiple of eager's, and how far its logits are off."""
     table: dict[str, dict[str, dict[str, str]]] = {}
@@ -183,7 +208,7 @@ def measured() -> str:
     for size in PEERED:
         text = fill(text, f"speed-{size}", speed(size))
     tables = {"scaling": scaling(), "deployment": deployment(), "modes": modes(), "icons100": drawings("icons100")}
-    for name, table in (tables | {"ablation": ablation(), "choice": choice()}).items():
+    for name, table in (tables | {"ablation": ablation(), "choice": choice(), "widths": widths()}).items():
         text = fill(text, name, table)
     return text
 

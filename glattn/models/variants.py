@@ -15,13 +15,13 @@ def _size(dims: tuple[int, ...], depths: tuple[int, ...], **options: Any) -> GLA
     return GLAttnConfig(dims=dims, depths=depths).replace(**{**_DEFAULT, **options})
 
 
-_TINY = _size((64, 128, 320, 640), (3, 3, 8, 3))
+_TINY = _size((64, 128, 352, 640), (2, 2, 7, 3))
 
 VARIANTS: dict[str, GLAttnConfig] = {
     "test_glattn": _size((16, 24, 32, 64), (1, 1, 2, 1), head_dim=8),
-    "glattn_atto": _size((32, 64, 128, 256), (1, 2, 6, 2)),
-    "glattn_pico": _size((64, 96, 192, 416), (2, 2, 6, 2)),
-    "glattn_nano": _size((64, 128, 256, 512), (2, 2, 8, 2)),
+    "glattn_atto": _size((32, 64, 160, 256), (1, 1, 4, 2)),
+    "glattn_pico": _size((64, 96, 224, 416), (1, 2, 4, 2)),
+    "glattn_nano": _size((64, 128, 288, 512), (1, 2, 6, 2)),
     "glattn_tiny": _TINY,
     "glattn_small": _size((64, 160, 320, 640), (3, 3, 24, 3)),
     "glattn_base": _size((96, 224, 416, 832), (3, 3, 26, 3)),
