@@ -49,10 +49,11 @@ def draw_speed(folder: Path, rows: Sequence[Row]) -> Path | None:
             colour = _OURS if _ours(row) else _THEIRS
             low, high = float(row["images_per_second_low"]), float(row["images_per_second_high"])
             axes.errorbar(x, y, [[y - low], [high - y]], marker="o", markersize=5, color=colour, elinewidth=1)
-        _label(axes, members)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.margins(0.3, 0.1)
+        axes.margins(0.1, 0.1)
+        axes.autoscale_view()
+        _label(axes, members)
         _plain_ticks(axes)
         axes.set_title(f"{task}, {precision}, {engine}, batch {batch}, {pixels} px", fontsize=10)
         axes.set_xlabel("parameters, millions")
@@ -71,16 +72,18 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def _label(axes: Any, members: Sequence[Row]) -> None:
-    """Name each point, to the right of it, and lower where the name above would be covered."""
-    ranked = sorted(members, key=lambda row: -float(row["images_per_second"]))
-    for rank, row in enumerate(ranked):
-        right = rank % 2 == 0
+    """Name the points in a column beside the panel, none over another; scales and limits are set."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    least = 0.0
+    for row in sorted(members, key=lambda row: float(row["images_per_second"])):
+        point = (float(row["params_m"]), float(row["images_per_second"]))
+        height = max(to_axes.transform(point)[1], least)
+        least = height + 0.035
         axes.annotate(
             textwrap.shorten(row["model"], 40, placeholder="..."),
-            (float(row["params_m"]), float(row["images_per_second"])),
-            xytext=(6 if right else -6, 0), textcoords="offset points", va="center", fontsize=7,
-            ha="left" if right else "right",
+            point, xytext=(1.02, height), textcoords="axes fraction", va="center", fontsize=7,
             color=_OURS if _ours(row) else _THEIRS, fontweight="bold" if _ours(row) else "normal",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": _THEIRS},
         )  # fmt: skip
 
 
