@@ -15,7 +15,7 @@ def _size(dims: tuple[int, ...], depths: tuple[int, ...], **options: Any) -> GLA
     return GLAttnConfig(dims=dims, depths=depths).replace(**{**_DEFAULT, **options})
 
 
-_TINY = _size((64, 128, 352, 640), (2, 2, 7, 3))
+_TINY = _size((64, 128, 384, 640), (2, 2, 6, 3))
 
 VARIANTS: dict[str, GLAttnConfig] = {
     "test_glattn": _size((16, 24, 32, 64), (1, 1, 2, 1), head_dim=8),
