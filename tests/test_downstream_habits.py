@@ -147,6 +147,25 @@ def test_what_timm_s_train_py_does_to_a_model(tmp_path):
     assert not used
 
 
+def test_what_timm_s_validate_py_does_to_a_model(tmp_path):
+    """Its order: make by the command's sizes, load, fold before ``eval()``, read the data config."""
+    trained = randomize(timm.create_model("test_glattn", num_classes=4))
+    torch.save({"state_dict": trained.state_dict(), "arch": "test_glattn"}, tmp_path / "checkpoint.pth.tar")
+    said = {"img_size": 64, "in_chans": None, "input_size": None}
+    options = timm.models.resolve_model_input_args(
+        "test_glattn", said, pretrained=False, num_classes=4, global_pool=None, scriptable=True
+    )
+    model = timm.create_model(**options)
+    timm.models.load_checkpoint(model, str(tmp_path / "checkpoint.pth.tar"), use_ema=False)
+    assert model.training
+    model = timm.utils.reparameterize_model(model)
+    config = timm.data.resolve_input_data_config(model, said, use_test_size=True)
+    assert config["input_size"] == (3, 64, 64)
+    x = torch.randn(2, *config["input_size"])
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(x), trained.eval()(x), atol=1e-4, rtol=1e-4)
+
+
 @pytest.fixture
 def one_process():
     """A process group of this process alone."""

@@ -140,9 +140,13 @@ def test_folding_in_steps_is_the_same():
         assert relative(reparameterize_model(model)(x), expected) < 1e-10
 
 
-def test_folding_a_model_in_training_is_refused():
-    with pytest.raises(RuntimeError, match="eval"):
-        reparameterize_model(timm.create_model("test_glattn").train())
+def test_folding_takes_running_statistics_in_any_mode():
+    """As folding of timm's own models does: its validate.py folds before it calls ``eval()``."""
+    model = randomize(timm.create_model("test_glattn", num_classes=3)).train()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        folded = reparameterize_model(model).eval()
+        torch.testing.assert_close(folded(x), model.eval()(x), atol=1e-4, rtol=1e-4)
 
 
 def test_the_folded_default_is_one_attention_call_a_block(monkeypatch):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glattn.config import MixerConfig
 from glattn.layers.attention import MultiHeadGlobalAttention
 from glattn.layers.context import CONTEXTS
-from glattn.layers.conv import ConvNorm, require_eval, scale_output
+from glattn.layers.conv import ConvNorm, scale_output
 from glattn.layers.fusion import FUSIONS
 from glattn.layers.local import LOCALS
 
@@ -122,7 +122,6 @@ class GlobalLocalBlock(nn.Module):
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold the layer scales into the convolutions before them, in place."""
-        require_eval(self)
         if isinstance(self.ls1, LayerScale2d):
             scale_output(self.mixer.proj, self.ls1.gamma)
         if isinstance(self.ls2, LayerScale2d):

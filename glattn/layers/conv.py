@@ -85,7 +85,6 @@ class ConvNorm(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Conv2d:
         """Return the one convolution that this module computes in evaluation mode."""
-        require_eval(self)
         weight, bias = folded(self)
         return like(self.conv, weight, bias)
 
@@ -131,7 +130,6 @@ class MultiScaleConv(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Conv2d:
         """Return the one convolution that this module computes in evaluation mode."""
-        require_eval(self)
         largest = max(self.branches, key=lambda branch: branch.conv.kernel_size[0])
         side = largest.conv.kernel_size[0]
         weights, biases = zip(*(folded(branch) for branch in self.branches), strict=True)
@@ -166,14 +164,6 @@ def like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     out.weight = nn.Parameter(weight.detach().contiguous(memory_format=memory_format), conv.weight.requires_grad)
     out.bias = nn.Parameter(bias.detach(), conv.weight.requires_grad)
     return out.train(conv.training)
-
-
-def require_eval(module: nn.Module) -> None:
-    """Raise a ``RuntimeError`` where a module in training mode is to be folded."""
-    if module.training:
-        raise RuntimeError(
-            f"{type(module).__name__} is in training mode, whose batch statistics do not fold; call model.eval() first"
-        )
 
 
 def scale_output(conv: nn.Module, scale: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat, trunc_normal_
 from torch import Tensor, nn
 
-from glattn.layers.conv import ConvNorm, folded, like, require_eval
+from glattn.layers.conv import ConvNorm, folded, like
 
 
 class NoPosition(nn.Module):
@@ -261,7 +261,6 @@ class ConvPosition(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Conv2d:
         """Return the one convolution that this module computes in evaluation mode."""
-        require_eval(self)
         weight, bias = folded(self.conv)
         centre = F.pad(torch.ones_like(weight[:, :, :1, :1]), [1, 1, 1, 1])
         return like(self.conv.conv, weight + centre, bias)
