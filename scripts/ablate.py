@@ -142,7 +142,7 @@ def main() -> int:
         rows.append(
             {"mechanism": kind, "design": design, "parameters": timed["params_m"], "gmacs": timed["gmacs"]}
             | {"times_default_speed": timed["ratio"], "data": args.data.name}
-            | {key: f"{-float(value):.2f}" if value else "" for key, value in turned.items()}
+            | {key: f"{0 - float(value):.2f}" if value else "" for key, value in turned.items()}
             | {"verdict": {"better": "worse", "worse": "better"}.get(found["verdict"], found["verdict"])}
             | {key: found[key] for key in ("test_top1", "seeds", "settings")}
         )

@@ -147,7 +147,7 @@ def drawings(data: str) -> str:
     """Return each model's accuracy on drawings, and how far ours is above it."""
     by_model: dict[str, list[dict[str, str]]] = {}
     for row in read(f"{data}/runs.csv"):
-        if row["chosen"] == "yes":
+        if row["chosen"] != "no":  # empty: not all runs of the model are done
             by_model.setdefault(row["model"], []).append(row)
     compared = {row["other"]: row for row in read(f"{data}/comparisons.csv")}
     speeds = {
@@ -158,22 +158,14 @@ def drawings(data: str) -> str:
     head = ("model", "parameters (M)", "speed at 224", "lr", "top-1 by seed", "`glattn_atto` less this", "95%", "")
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, runs in by_model.items():
-        other = compared.get(name, {})
-        cells = [
-            f"`{name}`",
-            f"{float(runs[0]['parameters']) / 1e6:.1f}",
-            f"{float(speeds[name]):.2f}" if name in speeds else "",
-        ]
-        cells += [runs[0]["lr"], ", ".join(f"{float(run['test_top1']):.1f}" for run in runs)]
-        cells += (
-            [
-                f"{float(other['points']):+.1f}",
-                f"{float(other['low']):+.1f} to {float(other['high']):+.1f}",
-                other["verdict"],
-            ]
-            if other
-            else [""] * 3
-        )
+        speed_there = f"{float(speeds[name]):.2f}" if name in speeds else ""
+        cells = [f"`{name}`", f"{float(runs[0]['parameters']) / 1e6:.1f}", speed_there, runs[0]["lr"]]
+        cells.append(", ".join(f"{float(run['test_top1']):.1f}" for run in runs))
+        if other := compared.get(name):
+            cells += [f"{float(other['points']):+.1f}", f"{float(other['low']):+.1f} to {float(other['high']):+.1f}"]
+            cells.append(other["verdict"])
+        else:
+            cells += ["", "", "runs missing" if not runs[0]["chosen"] else ""]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
