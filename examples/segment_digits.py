@@ -44,7 +44,8 @@ def loss_of_masks(logits: Tensor, masks: Tensor) -> Tensor:
     Most pixels are background: without the second, which digit it is would hardly count. It compares digits alone, so
     that it does not thicken them.
     """
-    counted, ink = masks != IGNORED, (masks != IGNORED) & (masks > 0)
+    counted = masks != IGNORED
+    ink = counted & (masks > 0)
     digits = F.cross_entropy(logits.permute(0, 2, 3, 1)[ink][:, 1:], masks[ink] - 1)
     shares = logits.softmax(1) * counted[:, None]
     truth = F.one_hot(masks * counted, len(NAMES)).permute(0, 3, 1, 2) * counted[:, None]

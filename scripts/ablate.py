@@ -17,6 +17,7 @@ import run_proxies
 from matplotlib.figure import Figure
 from run_proxies import Row
 
+from glattn.benchmark.contestant import join_options
 from glattn.cli import main as glattn
 from glattn.training.figures import save_figure
 
@@ -49,12 +50,6 @@ COLUMNS = (
     "mechanism", "design", "parameters", "gmacs", "times_default_speed", "data", "test_top1", "points", "low", "high",
     "verdict", "seeds", "settings",
 )  # fmt: skip
-
-
-def written(model: str, options: dict[str, Any]) -> str:
-    """Return a design's name as `glattn benchmark` and run_proxies.py write it."""
-    inside = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    return f"{model}({inside})" if inside else model
 
 
 def accuracy(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
@@ -125,7 +120,7 @@ def main() -> int:
     args = parser.parse_args()
     kinds = ["default", *args.only] if args.only else list(DESIGNS)
     # the first of each mechanism, then the second: a short run says something of all
-    turns = zip_longest(*([(written(args.model, options), kind) for options in DESIGNS[kind]] for kind in kinds))
+    turns = zip_longest(*([(join_options(args.model, options), kind) for options in DESIGNS[kind]] for kind in kinds))
     designs = dict(design for turn in turns for design in turn if design)
     try:
         accuracies = accuracy(args, list(designs))

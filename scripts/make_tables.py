@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import timm
@@ -21,20 +22,34 @@ def count(name: str) -> tuple[float, float]:
     return member.params / 1e6, member.macs / 1e9
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def difference(row: dict[str, str]) -> list[str]:
+    """Return points gained or lost, their interval, and the verdict; blanks where nothing was compared."""
+    if not row.get("points"):
+        return [""] * 3
+    points, low, high = (f"{float(row[key]):+.1f}" for key in ("points", "low", "high"))
+    return [points, f"{low} to {high}", row["verdict"]]
+
+
 def sizes() -> str:
-    rows = ["| model | parameters (M) | GMACs at 224 | ConvNeXt of that name (M, GMACs) |", "|---|---|---|---|"]
+    rows = []
     for size in CONVNEXT:
         (mine, macs), (theirs, their_macs) = count(f"glattn_{size}"), count(f"convnext_{size}")
-        rows.append(f"| `glattn_{size}` | {mine:.1f} | {macs:.2f} | {theirs:.1f}, {their_macs:.2f} |")
-    return "\n".join(rows)
+        rows.append([f"`glattn_{size}`", f"{mine:.1f}", f"{macs:.2f}", f"{theirs:.1f}, {their_macs:.2f}"])
+    return markdown(["model", "parameters (M)", "GMACs at 224", "ConvNeXt of that name (M, GMACs)"], rows)
 
 
 def variants() -> str:
-    rows = ["| model | parameters (M) | GMACs at 224 |", "|---|---|---|"]
+    rows = []
     for name in timm.list_models("glattn_*_*", module="glattn"):
         parameters, macs = count(name)
-        rows.append(f"| `{name}` | {parameters:.1f} | {macs:.2f} |")
-    return "\n".join(rows)
+        rows.append([f"`{name}`", f"{parameters:.1f}", f"{macs:.2f}"])
+    return markdown(["model", "parameters (M)", "GMACs at 224"], rows)
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -49,7 +64,7 @@ def speed(size: str) -> str:
     for row in read(f"speed-{size}/rows.csv"):
         found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = row
     head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8", "training, batch 8")
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for name, cases in sorted(found.items(), key=lambda item: -float(item[1]["infer 8"]["ratio"] or 0)):
         bold = "**" if name.startswith("glattn") else ""
         columns = (("infer 8", "params_m", ".1f"), ("infer 8", "gmacs", ".2f"), ("infer 1", "ratio", ".2f"),
@@ -57,8 +72,8 @@ def speed(size: str) -> str:
                    ("train 8", "ratio", ".2f"))  # fmt: skip
         values = [(cases.get(case, {}).get(field), form) for case, field, form in columns]
         cells = [format(float(value), form) if value else "" for value, form in values]
-        rows.append(f"| {bold}`{name}`{bold} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append([f"{bold}`{name}`{bold}", *cells])
+    return markdown(head, rows)
 
 
 def modes() -> str:
@@ -68,11 +83,10 @@ def modes() -> str:
         rate = float(row["images_per_second"] or "nan")
         found.setdefault((row["model"], row["batch"]), {})[f"{row['precision']} {row['engine']}"] = rate
     kinds = list(next(iter(found.values())))
-    rows = [f"| model | batch | {' | '.join(kinds[1:])} |", "|---" * (1 + len(kinds)) + "|"]
+    rows = []
     for (name, batch), rates in found.items():
-        gains = [f"{rates[kind] / rates[kinds[0]]:.2f}" for kind in kinds[1:]]
-        rows.append(f"| `{name}` | {batch} | {' | '.join(gains)} |")
-    return "\n".join(rows)
+        rows.append([f"`{name}`", batch, *(f"{rates[kind] / rates[kinds[0]]:.2f}" for kind in kinds[1:])])
+    return markdown(["model", "batch", *kinds[1:]], rows)
 
 
 def scaling() -> str:
@@ -82,7 +96,7 @@ def scaling() -> str:
         by_model.setdefault(row["model"], {})[int(row["pixels"])] = row
     sides = sorted(next(iter(by_model.values())))
     head = [f"{what} at {side}" for what in ("time", "memory") for side in sides[1:]]
-    rows = [f"| model | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
+    rows = []
 
     def activations(row: dict[str, str]) -> float:
         return float(row["peak_mb"]) - float(row["held_mb"])
@@ -92,8 +106,8 @@ def scaling() -> str:
         for cost in (lambda row: float(row["milliseconds"]), activations):
             least = cost(cases[sides[0]]) / sides[0] ** 2
             cells += [f"{cost(cases[side]) / side**2 / least:.2f}" for side in sides[1:]]
-        rows.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append([f"`{name}`", *cells])
+    return markdown(["model", *head], rows)
 
 
 def choice() -> str:
@@ -102,8 +116,8 @@ def choice() -> str:
     for row in read("default/rows.csv"):
         if row["model"].startswith("glattn"):
             found.setdefault((row["model"].partition("(")[0], row["batch"]), []).append(f"{float(row['ratio']):.2f}")
-    rows = ["| model | batch | full attention at stride 16 | pooled by two there |", "|---|---|---|---|"]
-    return "\n".join(rows + [f"| `{name}` | {batch} | {' | '.join(cells)} |" for (name, batch), cells in found.items()])
+    head = ("model", "batch", "full attention at stride 16", "pooled by two there")
+    return markdown(head, [[f"`{name}`", batch, *cells] for (name, batch), cells in found.items()])
 
 
 def widths() -> str:
@@ -115,7 +129,7 @@ def widths() -> str:
     for row in read("widths/icons100.csv"):
         accuracies.setdefault(row["model"].translate(str.maketrans("[]", "()")), []).append(row["test_top1"])
     head = ("size", "widths", "depths", "parameters (M)", "GMACs", "batch 1", "batch 8", "icons100, by seed")
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for name, batches in found.items():
         model, options = split_options(name)
         if options:
@@ -126,8 +140,8 @@ def widths() -> str:
                 base = float(found[f"convnext_{size}"][batch]["images_per_second"])
                 cells.append(f"{float(row['images_per_second']) / base:.2f}")
             cells.append(", ".join(f"{float(top1):.1f}" for top1 in accuracies.get(name, [])))
-            rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+            rows.append(cells)
+    return markdown(head, rows)
 
 
 def deployment() -> str:
@@ -136,11 +150,11 @@ def deployment() -> str:
     for row in read("deployment.csv"):
         table.setdefault(row["runtime"], {})[f"{row['model']}, batch {row['batch']}"] = row
     cases = list(next(iter(table.values())))
-    rows = [f"| runtime | {' | '.join(cases)} | largest difference |", "|---" * (2 + len(cases)) + "|"]
+    rows = []
     for runtime, found in table.items():
         off = max(float(row["difference"]) for row in found.values())
-        rows.append(f"| {runtime} | {' | '.join(found[case]['times_eager'] for case in cases)} | {off:.0e} |")
-    return "\n".join(rows)
+        rows.append([runtime, *(found[case]["times_eager"] for case in cases), f"{off:.0e}"])
+    return markdown(["runtime", *cases, "largest difference"], rows)
 
 
 def drawings(data: str) -> str:
@@ -156,42 +170,29 @@ def drawings(data: str) -> str:
         if (row["task"], row["batch"]) == ("infer", "8")
     }
     head = ("model", "parameters (M)", "speed at 224", "lr", "top-1 by seed", "`glattn_atto` less this", "95%", "")
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for name, runs in by_model.items():
         speed_there = f"{float(speeds[name]):.2f}" if name in speeds else ""
         cells = [f"`{name}`", f"{float(runs[0]['parameters']) / 1e6:.1f}", speed_there, runs[0]["lr"]]
         cells.append(", ".join(f"{float(run['test_top1']):.1f}" for run in runs))
-        if other := compared.get(name):
-            cells += [f"{float(other['points']):+.1f}", f"{float(other['low']):+.1f} to {float(other['high']):+.1f}"]
-            cells.append(other["verdict"])
-        else:
-            cells += ["", "", "runs missing" if not runs[0]["chosen"] else ""]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        cells += difference(compared.get(name, {}))
+        if not runs[0]["chosen"]:
+            cells[-1] = "runs missing"
+        rows.append(cells)
+    return markdown(head, rows)
 
 
 def ablation() -> str:
     """Return what each mechanism does to accuracy and speed."""
     head = ("mechanism", "design", "parameters (M)", "GMACs", "speed", "top-1", "less the default", "95%", "")
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for row in read("ablation/icons100.csv"):
         design = row["design"].partition("(")[2].removesuffix(")")
         cells = [row["mechanism"], f"`{design}`" if design else "", f"{float(row['parameters']):.1f}"]
-        cells += [
-            f"{float(row['gmacs']):.2f}",
-            f"{float(row['times_default_speed']):.2f}",
-            f"{float(row['test_top1']):.1f}",
-        ]
-        if row["points"]:
-            cells += [
-                f"{float(row['points']):+.1f}",
-                f"{float(row['low']):+.1f} to {float(row['high']):+.1f}",
-                row["verdict"],
-            ]
-        else:
-            cells += [""] * 3
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        cells += [f"{float(row['gmacs']):.2f}", f"{float(row['times_default_speed']):.2f}"]
+        cells += [f"{float(row['test_top1']):.1f}", *difference(row)]
+        rows.append(cells)
+    return markdown(head, rows)
 
 
 def measured() -> str:
@@ -199,8 +200,16 @@ def measured() -> str:
     text = (ROOT / "docs" / "results.md").read_text()
     for size in PEERED:
         text = fill(text, f"speed-{size}", speed(size))
-    tables = {"scaling": scaling(), "deployment": deployment(), "modes": modes(), "icons100": drawings("icons100")}
-    for name, table in (tables | {"ablation": ablation(), "choice": choice(), "widths": widths()}).items():
+    tables = {
+        "scaling": scaling(),
+        "deployment": deployment(),
+        "modes": modes(),
+        "icons100": drawings("icons100"),
+        "ablation": ablation(),
+        "choice": choice(),
+        "widths": widths(),
+    }
+    for name, table in tables.items():
         text = fill(text, name, table)
     return text
 

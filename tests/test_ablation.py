@@ -13,15 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import ablate
 import run_proxies
 
-from glattn.benchmark.contestant import split_options
+from glattn.benchmark.contestant import join_options, split_options
 
 DESIGNS = [options for designs in ablate.DESIGNS.values() for options in designs]
 
 
 def test_no_design_is_named_twice():
-    names = [ablate.written("glattn_atto", options) for options in DESIGNS]
+    names = [join_options("glattn_atto", options) for options in DESIGNS]
     assert len(set(names)) == len(names)
-    assert all(ablate.written(*split_options(name)) == name for name in names)  # the benchmark's way of writing
+    assert all(join_options(*split_options(name)) == name for name in names)  # the benchmark's way of writing
 
 
 @pytest.mark.parametrize("options", DESIGNS, ids=str)

@@ -51,7 +51,7 @@ def choose_models(patterns: Sequence[str], sizes: Sequence[str] | None) -> list[
     import timm
 
     import glattn  # noqa: F401 (registers the family)
-    from glattn.benchmark.contestant import split_options
+    from glattn.benchmark.contestant import join_options, split_options
     from glattn.benchmark.peers import SIZES, of_size
 
     names = [name for size in sizes or () for name in of_size(size)]
@@ -60,8 +60,7 @@ def choose_models(patterns: Sequence[str], sizes: Sequence[str] | None) -> list[
         found = timm.list_models(name)
         if not found or (options and found != [name]):
             raise ValueError(f"no model of timm is named {name!r}; `timm.list_models('*part*')` finds names")
-        written = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        names += [f"{name}({written})"] if options else found
+        names += [join_options(name, options)] if options else found
     if not names:
         raise ValueError(f"name models, or a class of them: --class {{{','.join(SIZES)}}}")
     return list(dict.fromkeys(names))

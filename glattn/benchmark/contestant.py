@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,12 @@ def split_options(name: str) -> tuple[str, dict[str, Any]]:
     if "None" in options or "num_classes" in options:  # `**options`; and all have the same classes
         raise ValueError(wrong)
     return call.func.id, options
+
+
+def join_options(name: str, options: Mapping[str, Any]) -> str:
+    """Return name and options as one, the way that `split_options` reads."""
+    inside = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"{name}({inside})" if inside else name
 
 
 def create(name: str, pixels: int) -> nn.Module:
