@@ -88,25 +88,33 @@ class Proxies:
                 return row
         if time.monotonic() >= self.end:
             return None
-        folder = self.folder(model, lr, seed)
-        name, options = split_options(model)
+        folder, data = self.folder(model, lr, seed), self.data(seed)
         print(f"{model} lr {lr:g} seed {seed}", flush=True)
         begun = time.monotonic()
         command = [
             sys.executable, "-m", "glattn", "train", "--config", str(self.args.config), *self.args.settings,
-            f"data={self.args.data}", f"model={name}", *(f"model_args.{k}={json.dumps(v)}" for k, v in options.items()),
-            f"lr={lr}", f"seed={seed}", f"run={folder}", "resume=auto",
+            f"data={data}", *self.start(model), f"lr={lr}", f"seed={seed}", f"run={folder}", "resume=auto",
         ]  # fmt: skip
         with (self.out / f"{folder.name}.log").open("a") as log:
             if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
                 raise OSError(f"training failed: see {log.name}")
         seconds = time.monotonic() - begun
         row = {"model": model, "data": self.args.data.name, "lr": f"{lr:g}", "seed": str(seed), "chosen": ""}
-        row |= {"settings": self.settings, "seconds": f"{seconds:.0f}"} | finished(folder, self.args.data)
+        row |= {"settings": self.settings, "seconds": f"{seconds:.0f}"} | finished(folder, data)
         self.rows.append(row)
         write_csv(self.path, FIELDS, self.rows)
         print(f"  val {row['val_top1']} test {row['test_top1']} in {seconds / 60:.1f} min", flush=True)
         return row
+
+    def data(self, seed: int) -> Path:
+        """Return a seed's images."""
+        path: Path = self.args.data
+        return path
+
+    def start(self, model: str) -> list[str]:
+        """Return the training's arguments that say what is trained."""
+        name, options = split_options(model)
+        return [f"model={name}", *(f"model_args.{key}={json.dumps(value)}" for key, value in options.items())]
 
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""

@@ -31,6 +31,9 @@ class Record:
         command: The training's command line.
         environment: Versions and machine, as plain JSON.
         epochs: Epochs trained.
+        seen: Training images seen, over all epochs.
+        hours: That the training steps took.
+        seed: Of the training.
         curve: Picture of the training curve.
     """
 
@@ -39,6 +42,9 @@ class Record:
     command: str | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
     epochs: int | None = None
+    seen: int | None = None
+    hours: float | None = None
+    seed: int | None = None
     curve: Path | None = None
 
 
@@ -52,6 +58,7 @@ def read_record(run: Path) -> Record:
     config: dict[str, Any] = _read(run / "config.yaml", yaml.safe_load) or {}
     rows: list[Any] = _read(run / "metrics.csv", lambda text: list(csv.DictReader(text.splitlines()))) or []
     command = environment.pop("command", None) or environment.pop("argv", None)
+    per_epoch = int(environment.pop("images_per_epoch", 0))
     dataset = config.get("dataset")
     if isinstance(dataset, Mapping):
         dataset = dataset.get("name")
@@ -63,6 +70,9 @@ def read_record(run: Path) -> Record:
         command=shlex.join(command) if isinstance(command, list) else command,
         environment=environment,
         epochs=len(rows) or None,
+        seen=len(rows) * per_epoch or None,
+        hours=sum(per_epoch / float(row["images_per_second"]) for row in rows if per_epoch) / 3600 or None,
+        seed=config.get("seed"),
         curve=run / CURVE if (run / CURVE).is_file() else None,
     )
 
@@ -93,6 +103,7 @@ def model_card(model: nn.Module, name: str, config: Mapping[str, Any], record: R
         f"`{config['architecture']}`, an image classifier of {millions:.1f}M parameters and "
         f"{config['num_classes']} classes, for [timm](https://github.com/huggingface/pytorch-image-models)"
         + (" with `glattn`." if ours else "."),
+        *([_FORMULA] if record.dataset == "fractals" else []),
         *_measured(record),
         "## Use",
         _usage(name, cfg, ours),
@@ -154,6 +165,11 @@ def _measured(record: Record) -> list[str]:
     return ["## Measured", f"These weights{on}:", _table(("what", "value"), rows), *picture]
 
 
+_FORMULA = """**A start for fine-tuning, nothing else.** These weights were trained on pictures made by formula,
+fractals of iterated function systems ([arXiv:2101.08515](https://arxiv.org/abs/2101.08515),
+[arXiv:2110.03091](https://arxiv.org/abs/2110.03091)), drawn while it trained: no photograph, so nobody's licence and
+nobody's privacy. Their classes are fractals: without fine-tuning they predict nothing that a person wants."""
+
 _METRICS = {"top1": "top-1 accuracy, %", "top5": "top-5 accuracy, %", "images": "images", "epoch": "epoch"}
 
 
@@ -205,9 +221,14 @@ print(classify(image))
 
 
 def _training(record: Record) -> list[str]:
-    rows: list[tuple[str, Any]] = [
-        (key, value) for key, value in (("dataset", record.dataset), ("epochs", record.epochs)) if value
-    ]
+    facts = {
+        "dataset": record.dataset,
+        "epochs": record.epochs,
+        "images seen": f"{record.seen:,}" if record.seen else None,
+        "hours of training steps": f"{record.hours:.2f}" if record.hours else None,
+        "seed": record.seed,
+    }
+    rows: list[tuple[str, Any]] = [(key, value) for key, value in facts.items() if value is not None]
     for key, value in record.environment.items():
         nested = value if isinstance(value, Mapping) else {key: value}
         rows += [(name, item) for name, item in nested.items() if isinstance(item, str | int | float)]

@@ -238,6 +238,7 @@ class Trainer:
             checkpoint.sweep(self.folder)
             checkpoint.sweep(states)
             environment = run_folder.describe_environment(self.accelerator.device.type, self.accelerator.num_processes)
+            environment["images_per_epoch"] = self.steps * self.batches.batch_size
             run_folder.write_start(self.folder, config, environment)
         self.announce()
         self.accelerator.init_trackers("tracker", {k: str(v) for k, v in dataclasses.asdict(config).items()})
