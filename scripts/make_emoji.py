@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import manifest
 import numpy as np
-from iconify import PERMISSIVE, IconSet, Package, digest, draw, near_copies, small
+from iconify import PERMISSIVE, IconSet, Package, digest, draw, looks
 from make_icons import order
 from manifest import Entry
 from tqdm import tqdm
@@ -46,12 +46,14 @@ def identities(sets: list[IconSet]) -> dict[str, dict[str, str]]:
 
 
 def choose(package: Package) -> list[Entry]:
-    """Return the data set's entries: what the held-out set and enough of the others draw, without near-copies."""
+    """Return the data set's entries: what the held-out set and enough of the others draw, without near-copies.
+
+    Identities that then have no drawing to train on, or none to test on, are left out.
+    """
     sets = {drawings.name: drawings for drawings in package.sets(list(SETS))}
     forbidden = [name for name, drawings in sets.items() if drawings.licence not in PERMISSIVE]
     if forbidden:
         raise ValueError(f"these sets are not under a permissive licence: {', '.join(forbidden)}")
-    entries: list[Entry] = []
     pictures: dict[Entry, np.ndarray] = {}
     for _, icons in tqdm(sorted(identities(list(sets.values())).items()), desc="choosing", leave=False, disable=None):
         training = sorted((name for name in icons if name != HELD_OUT), key=lambda name: order(name, icons[name]))
@@ -59,26 +61,14 @@ def choose(package: Package) -> list[Entry]:
             continue
         label = icons[HELD_OUT]
         val = training[0] if len(training) >= LEAST_FOR_VAL else None
-        mine = []
         for name, icon in icons.items():
             split = "test" if name == HELD_OUT else "val" if name == val else "train"
             drawings, svg = sets[name], sets[name].svg(icon)
             entry = Entry(split, label, name, icon, drawings.author, drawings.licence, digest(svg))
-            pictures[entry] = small(draw(svg, 64, grey=False))
-            mine.append(entry)
-        entries += mine
-    return drop_near_copies(entries, pictures)
-
-
-def drop_near_copies(entries: list[Entry], pictures: dict[Entry, np.ndarray]) -> list[Entry]:
-    """Return the entries without near-copies of training images, and without identities that then have no test."""
-    train = np.stack([pictures[entry] for entry in entries if entry.split == "train"])
-    rest = [entry for entry in entries if entry.split != "train"]
-    copies = near_copies(np.stack([pictures[entry] for entry in rest]), train)
-    dropped = {entry for entry, copy in zip(rest, copies, strict=True) if copy}
-    print(f"{len(dropped)} of {len(rest)} drawings held out are near-copies of training images: dropped")
-    tested = {entry.label for entry in entries if entry.split == "test" and entry not in dropped}
-    return sorted(entry for entry in entries if entry.label in tested and entry not in dropped)
+            pictures[entry] = looks(draw(svg, 64, grey=False))
+    kept = manifest.without_copies(pictures)
+    whole = set.intersection(*({e.label for e in kept if e.split == split} for split in ("train", "test")))
+    return [entry for entry in kept if entry.label in whole]
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import manifest
 import numpy as np
-from iconify import PERMISSIVE, IconSet, Package, digest, draw, near_copies, small
+from iconify import PERMISSIVE, IconSet, Package, digest, draw, looks
 from manifest import Entry
 from tqdm import tqdm
 
@@ -20,6 +20,7 @@ STYLES = {
     "baseline", "bold", "broken", "bulk", "duo", "duotone", "fill", "filled", "light", "line", "linear", "outline",
     "outlined", "regular", "round", "rounded", "sharp", "solid", "stroke", "thin", "tone", "twotone",
 }  # fmt: skip
+_LOGOS = re.compile(r"brand|logo", re.IGNORECASE)
 _SIZE = re.compile(r"\d+(px)?")
 
 
@@ -46,7 +47,10 @@ def order(*names: str) -> str:
 def usable(drawings: IconSet) -> bool:
     """Tell whether a set is of one colour, free to use, and of icons."""
     about = drawings.about
-    return not about.get("palette") and drawings.licence in PERMISSIVE and about.get("category") not in NOT_ICONS
+    # sets of logos that are no longer kept are in another category
+    logos = _LOGOS.search(f"{drawings.name} {about.get('name', '')}")
+    icons = about.get("category") not in NOT_ICONS and not logos
+    return icons and not about.get("palette") and drawings.licence in PERMISSIVE
 
 
 def choose(package: Package, *, classes: int = CLASSES) -> list[Entry]:
@@ -67,13 +71,13 @@ def choose(package: Package, *, classes: int = CLASSES) -> list[Entry]:
                 svg = drawings.svg(icon)
                 if len(seen) == PER_AUTHOR or digest(svg) in seen:
                     continue
-                values = small(draw(svg, 64, grey=True))
-                if values.min() > 0.9:  # nothing to see: an animation's first frame, or white on white
+                values = looks(draw(svg, 64, grey=True))
+                if values[0].min() > 0.9:  # nothing to see: an animation's first frame, or white on white
                     continue
                 seen.add(digest(svg))
                 entry = Entry(splits[author], label, drawings.name, icon, author, drawings.licence, digest(svg))
                 entries[entry] = values
-    return drop_near_copies(entries)
+    return manifest.without_copies(entries)
 
 
 def split_authors(authors: set[str]) -> dict[str, str]:
@@ -82,19 +86,6 @@ def split_authors(authors: set[str]) -> dict[str, str]:
     test = round(TEST * len(shuffled))
     val = test + round(VAL * (len(shuffled) - test))
     return {a: "test" if n < test else "val" if n < val else "train" for n, a in enumerate(shuffled)}
-
-
-def drop_near_copies(entries: dict[Entry, np.ndarray]) -> list[Entry]:
-    """Return entries whose pictures are not nearly those of a split that is trained on before them."""
-    kept = [entry for entry in entries if entry.split == "train"]
-    for split in ("val", "test"):
-        mine = [entry for entry in entries if entry.split == split]
-        if mine and kept:
-            copies = near_copies(np.stack([entries[e] for e in mine]), np.stack([entries[e] for e in kept]))
-            print(f"{split}: {copies.sum()} of {len(mine)} are near-copies of images before it: dropped")
-            mine = [entry for entry, copy in zip(mine, copies, strict=True) if not copy]
-        kept += mine
-    return sorted(kept)
 
 
 def main() -> int:

@@ -8,11 +8,12 @@ import gzip
 import io
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from iconify import IconSet, Package, digest, draw, open_package
+import numpy as np
+from iconify import IconSet, Package, copies, digest, draw, open_package
 from tqdm import tqdm
 
 from glattn.files import new_folder, replacing
@@ -63,6 +64,28 @@ def write(path: Path, entries: Iterable[Entry]) -> None:
     writer.writerows(asdict(entry) for entry in sorted(entries))
     with replacing(path) as temporary:
         temporary.write_bytes(gzip.compress(text.getvalue().encode(), 9, mtime=0))
+
+
+def without_copies(looks: Mapping[Entry, np.ndarray]) -> list[Entry]:
+    """Return the entries but for those that are nearly drawn in a split before theirs, or drawn under two labels.
+
+    Args:
+        looks: Each entry's, see `iconify.looks`.
+    """
+    labels: dict[str, set[str]] = {}
+    for entry in looks:
+        labels.setdefault(entry.hash, set()).add(entry.label)
+    clear = [entry for entry in looks if len(labels[entry.hash]) == 1]
+    print(f"{len(looks) - len(clear)} drawings are there under two labels: dropped")
+    kept: list[Entry] = []
+    for split in SPLITS:
+        mine = [entry for entry in clear if entry.split == split]
+        if mine and kept:
+            found = copies(np.stack([looks[entry] for entry in mine]), np.stack([looks[entry] for entry in kept]))
+            print(f"{split}: {found.sum()} of {len(mine)} are near-copies of images before it: dropped")
+            mine = [entry for entry, copy in zip(mine, found, strict=True) if not copy]
+        kept += mine
+    return sorted(kept)
 
 
 def build(entries: Sequence[Entry], package: Package, folder: Path, *, pixels: int, grey: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 pytest.importorskip("resvg_py")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -36,6 +36,7 @@ def write_package(folder, sets):
             "license": {"spdx": info.get("spdx", "MIT")},
             "category": info.get("category", "UI 24px"),
             "palette": info.get("palette", False),
+            "name": info.get("name", name),
         }
         data = {"prefix": name, "icons": icons, "aliases": aliases, "width": 24, "height": 24}
         (folder / "json" / f"{name}.json").write_text(json.dumps(data))
@@ -59,7 +60,8 @@ def package(tmp_path):
     sets["gone"] = ({}, {"house": {"body": shape(90), "hidden": True}, "arrow-left": {"body": shape(91)}}, {})
     for n, info in enumerate(({"spdx": "GPL-3.0"}, {"spdx": "CC-BY-SA-4.0"}, {"spdx": "CC-BY-NC-4.0"}, {"spdx": ""},
                               {"palette": True}, {"category": "Logos"}, {"category": "Flags / Maps"},
-                              {"category": "Emoji"}, {"category": "Programming"})):  # fmt: skip
+                              {"category": "Emoji"}, {"category": "Programming"},
+                              {"name": "Some Brands"})):  # fmt: skip
         sets[f"refused{n}"] = (info, icons(house=shape(100 + n), arrow_left=shape(110 + n)), {})
     return iconify.Package(write_package(tmp_path / "package", sets))
 
@@ -116,6 +118,25 @@ def test_near_copies_are_those_that_every_comparison_finds():
     assert iconify.near_copies(held_out, others).tolist() == every.tolist()
 
 
+def test_copies_are_found_a_pixel_aside_and_by_any_filter(package):
+    drawings = next(package.sets(["set0"]))
+    image = iconify.draw(drawings.svg("house"), 64, grey=True)
+    other = iconify.draw(drawings.svg("arrow-left"), 64, grey=True)
+    moved = ImageChops.offset(image, 0, 1)
+    mine = np.stack([iconify.looks(each) for each in (image, moved, other)])
+    assert iconify.copies(mine, iconify.looks(image)[None]).tolist() == [True, True, False]
+    assert not iconify.near_copies(mine[1:2, 0], mine[:1, 0]).any()  # the first look alone does not see it
+
+
+def test_a_drawing_under_two_labels_is_dropped(package):
+    path = package.folder / "json" / "set4.json"
+    data = json.loads(path.read_text())
+    data["icons"]["arrow-left"]["body"] = data["icons"]["house"]["body"]
+    path.write_text(json.dumps(data))
+    chosen = make_icons.choose(iconify.Package(package.folder), classes=2)
+    assert {e.icon for e in chosen if e.set == "set4"} == {"house-filled"}
+
+
 def test_a_manifest_rebuilds_its_folder_and_notices_another_package(package, tmp_path):
     chosen = make_icons.choose(package, classes=2)
     path = tmp_path / "m" / "icons.csv.gz"
@@ -149,6 +170,10 @@ def test_a_package_is_opened_from_a_folder_and_an_archive(package, tmp_path):
     for path in (package.folder, package.folder.parent, archive):
         opened = iconify.open_package(path, tmp_path / "cache")
         assert opened.about.keys() == package.about.keys()
+    other = write_package(tmp_path / "other", {"only": ({}, icons(house=shape(1)), {})})
+    with tarfile.open(tmp_path / "other.tgz", "w:gz") as tar:
+        tar.add(other, "package")
+    assert iconify.open_package(tmp_path / "other.tgz", tmp_path / "cache").about.keys() == {"only"}
     with pytest.raises(FileNotFoundError, match="no such file"):
         iconify.open_package(tmp_path / "none.tgz", tmp_path / "cache2")
     (tmp_path / "empty").mkdir()
@@ -202,6 +227,8 @@ def test_the_committed_manifests_are_as_described():
         assert len({(e.set, e.icon) for e in entries}) == len(entries)
         drawn = {split: {e.hash for e in entries if e.split == split} for split in manifest.SPLITS}
         assert not drawn["test"] & (drawn["train"] | drawn["val"])
+        assert not drawn["val"] & drawn["train"]
+        assert len({(e.hash, e.label) for e in entries}) == len({e.hash for e in entries})
         for split in ("train", "test"):
             assert {e.label for e in entries if e.split == split} == {e.label for e in entries}, name
     icons = manifest.read(COMMITTED["icons100"])
