@@ -1,12 +1,13 @@
-"""A model made ready for one case: folded where it can fold, in its best memory format, with its step."""
+"""A model made ready for one case: folded where it can fold, in each memory format, with its step."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -16,8 +17,7 @@ from torch.nn import functional as F
 
 from glattn.benchmark.cost import count_bytes, count_macs
 from glattn.benchmark.folding import fold
-from glattn.benchmark.machine import synchronizer
-from glattn.benchmark.timing import Step, time_step
+from glattn.benchmark.timing import Step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -47,21 +47,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model that is ready.
+    """A model that is ready, in one memory format.
 
     Args:
         step: Runs the case once.
         parameters: Of the model as it is trained.
         macs: Multiply-adds of one image, of the model as it runs; training counts as three forward passes.
-        held: Bytes that stay between steps.
+        held: Tells bytes that stay between steps: all of them once a step was taken.
         folded: How far it was folded.
-        memory_format: The faster one.
+        memory_format: Of weights and images.
     """
 
     step: Step
     parameters: int
     macs: int
-    held: int
+    held: Callable[[], int]
     folded: str
     memory_format: str
 
@@ -101,8 +101,8 @@ def create(name: str, pixels: int) -> nn.Module:
     return timm.create_model(name, num_classes=1000, **options)  # some are of ImageNet-22k by default
 
 
-def prepare(name: str, case: Case, device: torch.device, *, turn: float) -> Contestant:
-    """Return a model ready for a case; what a model cannot do is raised as it comes."""
+def prepare(name: str, case: Case, device: torch.device) -> Iterator[Contestant]:
+    """Yield a model ready for a case, in one memory format after the other; what it cannot do is raised as it comes."""
     torch.manual_seed(0)
     training = case.task == "train"
     image = torch.randn(case.batch, 3, case.pixels, case.pixels)
@@ -112,30 +112,11 @@ def prepare(name: str, case: Case, device: torch.device, *, turn: float) -> Cont
         model, folded = fold(model, image[:1])
     macs = count_macs(model.eval(), (1, *image.shape[1:])) * (3 if training else 1)
     model = model.to(device, DTYPES["fp32"] if training else DTYPES[case.precision])
-    memory_format = _faster_format(model, image, case, device, turn=turn)
-    model = model.to(memory_format=FORMATS[memory_format])
-    step, optimizer = make_step(model, image, case, device, memory_format)
-    if optimizer is not None and case.engine == "eager":
-        step()  # AdamW's state is there from its first step on
-    held = count_bytes(model, optimizer)
-    return Contestant(step, parameters, macs, held, folded, memory_format)
-
-
-def _faster_format(model: nn.Module, image: Tensor, case: Case, device: torch.device, *, turn: float) -> str:
-    """Return the memory format in which the eager step is faster, tried by turns."""
-    case = Case(case.task, case.precision, "eager", case.batch, case.pixels)
-    steps = {}
-    for name, memory_format in FORMATS.items():
-        trial = copy.deepcopy(model).to(memory_format=memory_format)
-        steps[name] = make_step(trial, image, case, device, name)[0]
-        steps[name]()
-    synchronize = synchronizer(device)
-    repeats = max(1, round(turn / max(time_step(step, 1, synchronize) for step in steps.values())))
-    best = dict.fromkeys(steps, float("inf"))
-    for _ in range(5):
-        for name, step in steps.items():
-            best[name] = min(best[name], time_step(step, repeats, synchronize))
-    return min(best, key=lambda name: best[name])
+    for memory_format, kind in FORMATS.items():
+        trial = copy.deepcopy(model).to(memory_format=kind)
+        step, optimizer = make_step(trial, image, case, device, memory_format)
+        held = partial(count_bytes, trial, optimizer)
+        yield Contestant(step, parameters, macs, held, folded, memory_format)
 
 
 def make_step(

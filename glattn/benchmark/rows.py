@@ -20,11 +20,14 @@ FIELDS = (
     "baseline", "ratio", "ratio_low", "ratio_high",
     "device", "machine", "cores", "threads", "capability", "python", "torch", "timm", "glattn", "commit", "error",
 )  # fmt: skip
-_KEY = ("model", "task", "precision", "engine", "batch", "pixels", "device", "machine", "threads")
+_KEY = (
+    "model", "task", "precision", "engine", "batch", "pixels",
+    "device", "machine", "cores", "threads", "capability", "torch", "timm",
+)  # fmt: skip
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """Return what a row is the measurement of: model, case and machine."""
+    """Return what a row is the measurement of: model, case, machine and libraries."""
     return tuple(row[name] for name in _KEY)
 
 

@@ -6,8 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 Step = Callable[[], None]
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,23 @@ def time_step(step: Step, repeats: int, synchronize: Step) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def warm_up(step: Step, synchronize: Step, *, turn: float) -> tuple[float, int]:
-    """Return seconds until a step runs at its speed (compilation among them), and repeats that fill a turn.
-
-    Args:
-        turn: Seconds that a turn should last.
-    """
+def warm_up(step: Step, synchronize: Step) -> tuple[float, float]:
+    """Return seconds until a step runs at its speed (compilation among them), and about how many it then takes."""
     start = time.perf_counter()
     step()
     single = min(time_step(step, 1, synchronize) for _ in range(2))
-    return time.perf_counter() - start, max(1, round(turn / single))
+    return time.perf_counter() - start, single
 
 
 def take_turns(
-    steps: Mapping[str, tuple[Step, int]],
+    steps: Mapping[K, tuple[Step, int]],
     *,
     rounds: int,
     synchronize: Step,
     out_of_time: Callable[[], bool],
     progress: Callable[[], object],
     least: int = 3,
-) -> dict[str, list[float]]:
+) -> dict[K, list[float]]:
     """Return seconds of one step in each round, for each contestant.
 
     Args:
@@ -73,7 +71,7 @@ def take_turns(
         out_of_time: Asked after each round; there are `least` rounds even so.
         progress: Called after each turn.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[K, list[float]] = {name: [] for name in steps}
     for done in range(rounds):
         if done >= least and out_of_time():
             break
