@@ -25,11 +25,12 @@ WINDOWS = ["window", "window", "window", "full"]
 # mechanism: what stands instead of the default; every list has one value a stage
 DESIGNS: dict[str, list[dict[str, Any]]] = {
     "default": [{}],
-    "branches": [{"fusion": "local"}, {"fusion": "global"}],
+    # the second has as many parameters as the default
+    "branches": [{"fusion": "local"}, {"fusion": "local", "mlp_ratio": 5.5}, {"fusion": "global"}],
     "fusion": [{"fusion": "split", "head_dim": 16}, {"fusion": "concat"}, {"fusion": "gated"}],
     "kernels": [{"kernel_sizes": sizes} for sizes in ((3,), (5,), (7,), (3, 7))],
     "gate": [{"local_gate": gate} for gate in ("none", "eca")],
-    "convolution": [{"local": "augmented"}, {"local_groups": 4}],
+    "convolution": [{"local": "augmented"}, {"local_groups": 4}, {"local_groups": "dense"}],
     "layout": [
         {"layout": ["pooled", "pooled", "full", "full"], "pool_stride": [4, 2, 1, 1]},
         {"layout": "full"},
@@ -37,11 +38,20 @@ DESIGNS: dict[str, list[dict[str, Any]]] = {
         {"layout": ["window", "shifted", "window", "full"]},
         {"layout": ["window", "grid", "grid", "full"]},
         {"layout": ["overlap", "overlap", "overlap", "full"]},
+        {"layout": ["multi_scale", "multi_scale", "multi_scale", "full"], "head_dim": 16},
+        {"layout": WINDOWS, "window_sizing": "tokens"},
         {"layout": ["cross_shaped", "cross_shaped", "cross_shaped", "full"], "head_dim": 16},
     ],
     "cross-window": [{"layout": WINDOWS, "cross_window": "strip"}],
-    "position": [{"position": position} for position in ("none", "bias", "cpb", "rope", "rope_mixed")],
-    "mechanism": [{"mechanism": mechanism} for mechanism in ("relu_linear", "performer", "linformer", "reformer")],
+    # on whole maps, since the default's have four cells at 64 pixels: beside layout="full", not beside the default
+    "position": [
+        *({"layout": "full", "position": position} for position in ("none", "bias", "cpb", "rope", "rope_mixed")),
+        {"layout": "full", "abs_pos": "stem"},
+    ],
+    "mechanism": [
+        {"layout": "full", "mechanism": mechanism}
+        for mechanism in ("relu_linear", "performer", "linformer", "reformer")
+    ],
     "context": [{"context": "gc"}],
     "head width": [{"head_dim": 16}],
     "activation": [{"act_layer": act} for act in ("relu", "gelu")],
@@ -60,7 +70,7 @@ def accuracy(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
     )
     if not proxies.run():
         print("time is up; the same command goes on")
-        proxies.args.models = [model for model in models if proxies.chosen(model)]
+        proxies.args.models = [model for model in models if proxies.complete(model)]
     found = {row["other"]: row for row in proxies.compare()}
     for model in proxies.args.models:
         tests = [float(row["test_top1"]) for row in proxies.chosen(model)]

@@ -2,7 +2,9 @@
 
 Every image has four curves of one length that never touch, and two marks. Where the answer is yes, the marks are on
 the ends of one curve; where it is no, on ends of two, as far apart as that curve's are. So the answer is a matter of
-connection and of nothing else: neither ink, nor loose ends, nor the marks' distance tells it.
+connection and of nothing else: neither ink, nor loose ends, nor the marks' distance or place tells it.
+
+Train on whole images, for a crop may lose a mark: run_proxies.py --data data/paths64 -- crop_scale=1 crop_ratio=1
 """
 
 import argparse
@@ -77,7 +79,8 @@ def image(rng: np.random.Generator, joined: bool, pixels: int) -> Image.Image:
     """Return one image: grey curves on white, a black disc at each marked end."""
     side = pixels // 4  # a curve is a pixel wide, and three from the next
     drawn = curves(rng, side, steps=round(1.25 * side))
-    ends = [drawn[0][0], drawn[0][-1]]
+    chosen = drawn[rng.integers(CURVES)]  # any: the first one found more room, which its ends' places would tell
+    ends = [chosen[0], chosen[-1]]
     if not joined:  # ends of two curves, as far apart as those: distance tells nothing
         pairs = [
             (a, b)

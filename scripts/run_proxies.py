@@ -22,7 +22,7 @@ from glattn.files import replacing
 
 FIELDS = (
     "model", "data", "lr", "seed", "chosen", "val_top1", "test_top1", "test_images", "parameters", "epochs", "seconds",
-    "settings", "torch", "timm", "commit",
+    "settings", "torch", "timm", "threads", "commit",
 )  # fmt: skip
 Row = dict[str, str]
 
@@ -128,9 +128,16 @@ class Proxies:
         ]
         return [row for row in mine if int(row["seed"]) in self.args.seeds]
 
+    def complete(self, model: str) -> bool:
+        """Tell whether every rate and every seed of a model is done."""
+        tried = {float(r["lr"]) for r in self.rows if (r["model"], r["settings"]) == (model, self.settings)}
+        return len(self.chosen(model)) == len(self.args.seeds) and tried >= set(self.args.lr)
+
     def compare(self) -> list[Row]:
         """Write and return the comparisons of the first model with each other one."""
-        found = []
+        found: list[Row] = []
+        if not self.args.models:
+            return found
         runs = {
             model: [right(self.folder(model, float(r["lr"]), int(r["seed"])) / "test.csv") for r in self.chosen(model)]
             for model in self.args.models
@@ -171,6 +178,7 @@ def finished(run: Path, data: Path) -> Row:
         rows.append({"image": f"{path.parent.name}/{path.name}", "right": str(int(target == predicted))})
     write_csv(run / "test.csv", ("image", "right"), rows)
     environment: dict[str, Any] = json.loads((run / "environment.json").read_text())
+    commit, _, dirty = (environment["commit"] or "").partition("-")
     best = json.loads((run / "best" / "metrics.json").read_text())
     return {
         "val_top1": f"{best['top1']:.3f}",
@@ -180,7 +188,8 @@ def finished(run: Path, data: Path) -> Row:
         "epochs": str(len(read_csv(run / "metrics.csv"))),
         "torch": environment["versions"]["torch"],
         "timm": environment["versions"]["timm"],
-        "commit": (environment["commit"] or "")[:12],
+        "threads": str(environment["threads"]),
+        "commit": commit[:12] + (f"-{dirty}" if dirty else ""),
     }
 
 
@@ -196,6 +205,9 @@ def authors_of(images: list[str]) -> dict[str, str]:
     known = {}
     for path in sorted(manifest.FOLDER.glob("*.csv.gz")):
         known |= {f"{e.label}/{e.set}--{e.icon}.png": e.author for e in manifest.read(path) if e.split == "test"}
+    unknown = [image for image in images if image not in known]
+    if known and unknown and len(unknown) < len(images):
+        raise ValueError(f"{len(unknown)} test images are in no manifest, such as {unknown[0]}; draw the images anew")
     found = {image: known.get(image, image) for image in images}
     return found if len(set(found.values())) > 1 else {image: image for image in images}
 
