@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if name in arguments[:1]:
             importlib.import_module(module).add_arguments(subparser)
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    if hasattr(args, "overrides") and not any(text.startswith("-") or "=" not in text for text in rest):
+        args.overrides += rest  # argparse takes key=value of one place only: before, between or after the options
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
     except (ValueError, OSError) as error:
