@@ -66,7 +66,7 @@ def accuracy(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
     """Return accuracy, and its difference from the first's, of the designs that there was time for."""
     settings = {"models": models, "data": args.data, "config": args.config, "lr": [args.lr], "seeds": args.seeds}
     proxies = run_proxies.Proxies(
-        SimpleNamespace(**settings, out=args.runs, minutes=args.minutes, settings=args.settings)
+        SimpleNamespace(**settings, runs=args.runs, out=args.out, minutes=args.minutes, settings=args.settings)
     )
     if not proxies.run():
         print("time is up; the same command goes on")

@@ -1,12 +1,14 @@
 """Train models from scratch on drawings by one recipe, choose each one's lr on val/, test it, compare on authors.
 
 For each model: the first seed at every lr; the lr with the better validation accuracy is kept; the other seeds at
-that. The test is seen once by the best checkpoint of each run, never chosen by. Rows are written run by run; a
-killed list goes on where it was.
+that. The test is seen once by the best checkpoint of each run, never chosen by. Rows are written run by run, with the
+answer to every test image; a killed list goes on where it was, and rows of other images are dropped.
 """
 
 import argparse
+import base64
 import csv
+import hashlib
 import json
 import re
 import subprocess
@@ -15,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bootstrap import compare
 
 from glattn.benchmark.contestant import split_options
@@ -22,7 +25,7 @@ from glattn.files import replacing
 
 FIELDS = (
     "model", "data", "lr", "seed", "chosen", "val_top1", "test_top1", "test_images", "parameters", "epochs", "seconds",
-    "settings", "torch", "timm", "threads", "commit",
+    "settings", "torch", "timm", "threads", "commit", "digest", "answers",
 )  # fmt: skip
 Row = dict[str, str]
 
@@ -50,10 +53,11 @@ class Proxies:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.out: Path = args.out / args.data.name
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.out, self.runs = args.out / args.data.name, args.runs / args.data.name
+        self.runs.mkdir(parents=True, exist_ok=True)
         self.path = self.out / "runs.csv"
-        self.rows = read_csv(self.path)
+        self.images, self.digest = survey(self.source)
+        self.rows = [row for row in read_csv(self.path) if row.get("digest") == self.digest]
         self.end = time.monotonic() + args.minutes * 60 if args.minutes else float("inf")
 
     def run(self) -> bool:
@@ -88,28 +92,35 @@ class Proxies:
                 return row
         if time.monotonic() >= self.end:
             return None
-        folder, data = self.folder(model, lr, seed), self.data(seed)
+        folder, data = self.folder(model, lr, seed), self.chosen_data(seed)
         print(f"{model} lr {lr:g} seed {seed}", flush=True)
         begun = time.monotonic()
         command = [
             sys.executable, "-m", "glattn", "train", "--config", str(self.args.config), *self.args.settings,
             f"data={data}", *self.start(model), f"lr={lr}", f"seed={seed}", f"run={folder}", "resume=auto",
         ]  # fmt: skip
-        with (self.out / f"{folder.name}.log").open("a") as log:
+        with (self.runs / f"{folder.name}.log").open("a") as log:
             if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
                 raise OSError(f"training failed: see {log.name}")
         seconds = time.monotonic() - begun
         row = {"model": model, "data": self.args.data.name, "lr": f"{lr:g}", "seed": str(seed), "chosen": ""}
-        row |= {"settings": self.settings, "seconds": f"{seconds:.0f}"} | finished(folder, data)
+        row |= {"settings": self.settings, "seconds": f"{seconds:.0f}", "digest": self.digest}
+        found, right = finished(folder, data)
+        row |= found | {"answers": pack(right, self.images)}
         self.rows.append(row)
         write_csv(self.path, FIELDS, self.rows)
         print(f"  val {row['val_top1']} test {row['test_top1']} in {seconds / 60:.1f} min", flush=True)
         return row
 
-    def data(self, seed: int) -> Path:
-        """Return a seed's images."""
+    @property
+    def source(self) -> Path:
+        """The folder of images."""
         path: Path = self.args.data
         return path
+
+    def chosen_data(self, seed: int) -> Path:
+        """Return the folder of the images that a seed's run sees."""
+        return self.source
 
     def start(self, model: str) -> list[str]:
         """Return the training's arguments that say what is trained."""
@@ -119,7 +130,7 @@ class Proxies:
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""
         parts = [*re.findall(r"[\w.]+", model), f"{lr:g}", f"seed{seed}", *self.args.settings]
-        return self.out / "-".join(parts).replace("/", "_")
+        return self.runs / "-".join(parts).replace("/", "_")
 
     def chosen(self, model: str) -> list[Row]:
         """Return a model's rows at the lr that was chosen."""
@@ -139,11 +150,10 @@ class Proxies:
         if not self.args.models:
             return found
         runs = {
-            model: [right(self.folder(model, float(r["lr"]), int(r["seed"])) / "test.csv") for r in self.chosen(model)]
-            for model in self.args.models
+            model: [unpack(row["answers"], self.images) for row in self.chosen(model)] for model in self.args.models
         }
         mine = self.args.models[0]
-        authors = authors_of(list(runs[mine][0]))
+        authors = authors_of(self.images)
         for other in self.args.models[1:]:
             difference = compare(runs[mine], runs[other], authors)
             found.append({
@@ -158,8 +168,41 @@ class Proxies:
         return found
 
 
-def finished(run: Path, data: Path) -> Row:
-    """Test a run's best checkpoint; write test.csv, one row an image; return what the run's row says of it."""
+def survey(source: Path) -> tuple[list[str], str]:
+    """Return the test images, sorted, and a digest of what images there are to train and test on.
+
+    What has no test/ is tested on val/.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
+    names = sorted(str(path.relative_to(source)) for path in source.rglob("*.png"))
+    if not names:
+        raise FileNotFoundError(f"{source}: no images; scripts/make_icons.py, make_emoji.py, make_paths.py draw them")
+    split = "test/" if any(name.startswith("test/") for name in names) else "val/"
+    tested = [name.removeprefix(split) for name in names if name.startswith(split)]
+    return tested, hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+
+
+def pack(right: dict[str, bool], images: list[str]) -> str:
+    """Return in short which images were named rightly.
+
+    Raises:
+        ValueError: It is said of other images.
+    """
+    if sorted(right) != images:
+        raise ValueError(f"{len(right)} images were tested, which are not the {len(images)} of the data set")
+    return base64.b64encode(np.packbits([right[image] for image in images]).tobytes()).decode()
+
+
+def unpack(answers: str, images: list[str]) -> dict[str, bool]:
+    """Return what `pack` was given."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(answers), np.uint8), count=len(images))
+    return dict(zip(images, bits.astype(bool).tolist(), strict=True))
+
+
+def finished(run: Path, data: Path) -> tuple[Row, dict[str, bool]]:
+    """Test a run's best checkpoint; return what the run's row says of it, and which images it named rightly."""
     import torch
 
     from glattn.training.classifier import open_checkpoint
@@ -172,18 +215,17 @@ def finished(run: Path, data: Path) -> Row:
     said = predict_source(
         classifier.model.to(device), source, classifier.data_config, batch_size=256, workers=0, device=device
     )
-    rows: list[Row] = []
+    right = {}
     for index, target, predicted in zip(said.index, said.target, said.predicted, strict=True):
         path = Path(source.name(int(index)))
-        rows.append({"image": f"{path.parent.name}/{path.name}", "right": str(int(target == predicted))})
-    write_csv(run / "test.csv", ("image", "right"), rows)
+        right[f"{path.parent.name}/{path.name}"] = bool(target == predicted)
     environment: dict[str, Any] = json.loads((run / "environment.json").read_text())
     commit, _, dirty = (environment["commit"] or "").partition("-")
     best = json.loads((run / "best" / "metrics.json").read_text())
-    return {
+    row = {
         "val_top1": f"{best['top1']:.3f}",
         "test_top1": f"{said.metrics()['top1']:.3f}",
-        "test_images": str(len(rows)),
+        "test_images": str(len(right)),
         "parameters": str(sum(p.numel() for p in classifier.model.parameters())),
         "epochs": str(len(read_csv(run / "metrics.csv"))),
         "torch": environment["versions"]["torch"],
@@ -191,11 +233,7 @@ def finished(run: Path, data: Path) -> Row:
         "threads": str(environment["threads"]),
         "commit": commit[:12] + (f"-{dirty}" if dirty else ""),
     }
-
-
-def right(path: Path) -> dict[str, bool]:
-    """Return which images a run named rightly."""
-    return {row["image"]: row["right"] == "1" for row in read_csv(path)}
+    return row, right
 
 
 def authors_of(images: list[str]) -> dict[str, str]:
@@ -225,7 +263,8 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"))
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--out", type=Path, default=Path("runs/proxies"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/proxies"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the rows (%(default)s)")
     parser.add_argument("--minutes", type=float, help="begin no run after this time; the same command goes on")
     args = parser.parse_args()
     try:

@@ -33,14 +33,15 @@ def test_every_design_runs_at_64_pixels(options):
 
 def test_the_table_has_the_signs_of_the_design(tmp_path, monkeypatch):
     wrong = {"glattn_atto": 20, "local": 60, "split": 0}
+    missed = {}
+    images = [f"a/{n:03d}.png" for n in range(200)]
+    (tmp_path / "icons100" / "test" / "a").mkdir(parents=True)
+    for image in images:
+        (tmp_path / "icons100" / "test" / image).touch()
 
     def train(command, **_):
         said = dict(part.split("=", 1) for part in command if "=" in part)
-        folder = Path(said["run"])
-        folder.mkdir(parents=True)
-        missed = wrong[json.loads(said.get("model_args.fusion", f'"{said["model"]}"'))]
-        rows = [{"image": f"i{n}", "right": str(int(n >= missed))} for n in range(200)]
-        run_proxies.write_csv(folder / "test.csv", ("image", "right"), rows)
+        missed[said["run"]] = wrong[json.loads(said.get("model_args.fusion", f'"{said["model"]}"'))]
         return SimpleNamespace(returncode=0)
 
     def measured(command):
@@ -52,13 +53,20 @@ def test_the_table_has_the_signs_of_the_design(tmp_path, monkeypatch):
         return 0
 
     monkeypatch.setattr(run_proxies.subprocess, "run", train)
-    monkeypatch.setattr(run_proxies, "finished", lambda run, data: {"val_top1": "50", "test_top1": "60"})
+    finished = {"val_top1": "50", "test_top1": "60"}
+    monkeypatch.setattr(
+        run_proxies,
+        "finished",
+        lambda run, data: (dict(finished), {image: n >= missed[str(run)] for n, image in enumerate(images)}),
+    )
     monkeypatch.setattr(ablate, "glattn", measured)
     monkeypatch.setattr(
         ablate, "DESIGNS", {"default": [{}], "branches": [{"fusion": "local"}], "fusion": [{"fusion": "split"}]}
     )
     monkeypatch.setattr(
-        sys, "argv", ["ablate.py", "--data", "icons100", "--runs", str(tmp_path), "--out", str(tmp_path / "out")]
+        sys,
+        "argv",
+        ["ablate.py", "--data", str(tmp_path / "icons100"), "--runs", str(tmp_path), "--out", str(tmp_path / "out")],
     )
     assert ablate.main() == 0
     default, local, split = run_proxies.read_csv(tmp_path / "out" / "icons100.csv")

@@ -11,15 +11,15 @@ import manifest
 import run_proxies
 from bootstrap import compare
 
-IMAGES = [f"i{n}" for n in range(200)]
+IMAGES = [f"a/i{n:03d}.png" for n in range(200)]
 
 
 def answers(wrong):
-    return {image: int(image[1:]) not in wrong for image in IMAGES}
+    return {image: int(image[3:6]) not in wrong for image in IMAGES}
 
 
 def test_the_interval_is_wider_where_one_author_makes_the_difference():
-    many = {image: f"a{int(image[1:]) // 10}" for image in IMAGES}
+    many = {image: f"a{int(image[3:6]) // 10}" for image in IMAGES}
     mine, theirs = answers(set()), answers(set(range(10)))  # all the gain is one author's
     by_author = compare([mine], [theirs], many)
     by_image = compare([mine], [theirs], {image: image for image in IMAGES})
@@ -36,7 +36,7 @@ def test_seeds_are_averaged_and_the_images_must_be_the_same():
     half = compare([answers(set()), answers(set(range(100)))], [answers(set(range(100)))] * 2, authors)
     assert half.points == pytest.approx(25)
     with pytest.raises(ValueError, match="same images"):
-        compare([answers(set())], [{"i0": True}], authors)
+        compare([answers(set())], [{IMAGES[0]: True}], authors)
 
 
 def test_authors_are_the_manifests_and_one_author_is_no_sample():
@@ -60,23 +60,25 @@ def proxies(tmp_path, monkeypatch):
     def train(command, **_):
         said = dict(part.split("=") for part in command if "=" in part)
         trained.append((said["model"], float(said["lr"]), int(said["seed"])))
-        folder = Path(said["run"])
-        folder.mkdir(parents=True)
-        wrong = set(range(50)) if said["model"] == "b" else set()
-        rows = [{"image": image, "right": str(int(ok))} for image, ok in answers(wrong).items()]
-        run_proxies.write_csv(folder / "test.csv", ("image", "right"), rows)
+        Path(said["run"]).mkdir(parents=True)
         return SimpleNamespace(returncode=int(said["model"] == "fails"))
 
     def finished(run, data):
         high = "0.002" in run.name
-        return {"val_top1": "80" if high else "70", "test_top1": "60" if high else "90"}
+        right = answers(set(range(50)) if run.name.startswith("b-") else set())
+        return {"val_top1": "80" if high else "70", "test_top1": "60" if high else "90"}, right
 
+    for image in IMAGES:
+        for split in ("train", "test"):
+            (tmp_path / "data" / split / "a").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / split / image).touch()
     monkeypatch.setattr(run_proxies.subprocess, "run", train)
     monkeypatch.setattr(run_proxies, "finished", finished)
 
     def make(*models, minutes=None):
-        args = SimpleNamespace(models=models, data=tmp_path / "data", config=Path("icons.yaml"), lr=[1e-3, 2e-3],
-                               seeds=[0, 1, 2], out=tmp_path / "out", minutes=minutes, settings=[])  # fmt: skip
+        folders = {"data": tmp_path / "data", "runs": tmp_path / "runs", "out": tmp_path / "out"}
+        options = {"config": Path("icons.yaml"), "lr": [1e-3, 2e-3], "seeds": [0, 1, 2], "settings": []}
+        args = SimpleNamespace(models=models, minutes=minutes, **folders, **options)
         return run_proxies.Proxies(args)
 
     return make, trained
@@ -121,6 +123,26 @@ def test_a_list_goes_on_where_it_was(proxies):
     assert make("a", "b").run()
     assert {model for model, _, _ in trained} == {"b"}
     assert run_proxies.read_csv(make("a").path)[:4] == rows
+
+
+def test_rows_of_other_images_are_dropped_and_answers_are_kept(proxies, tmp_path):
+    make, _ = proxies
+    assert make("a", "b").run()
+    assert run_proxies.unpack(make("b").rows[-1]["answers"], IMAGES) == answers(set(range(50)))
+    (tmp_path / "data" / "test" / "a" / "new.png").touch()
+    assert make("a").rows == []
+    with pytest.raises(ValueError, match="200 images were tested, which are not the 201"):
+        make("c").run()
+    with pytest.raises(FileNotFoundError, match="no images"):
+        run_proxies.survey(tmp_path / "nothing")
+
+
+def test_images_that_only_some_manifest_knows_are_refused():
+    known = next(e for e in manifest.read(manifest.FOLDER / "icons100.csv.gz") if e.split == "test")
+    image = known.file.removeprefix("test/")
+    assert run_proxies.authors_of([image, image]) == {image: image}
+    with pytest.raises(ValueError, match="no manifest, such as x"):
+        run_proxies.authors_of([image, "x"])
 
 
 def test_a_training_that_fails_is_said(proxies):
