@@ -272,6 +272,7 @@ def run(args: argparse.Namespace) -> int:
     from timm.models import get_pretrained_cfg
 
     from glattn.hub import create_model
+    from glattn.models.weights import missing_weights
 
     run_folder = Path(args.model)
     if run_folder.is_dir():
@@ -280,7 +281,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         name = args.model
         known = get_pretrained_cfg(name) if ":" not in name else None
-        pretrained = ":" in name or bool(known and known.has_weights)
+        here = known is not None and known.has_weights and not missing_weights(str(known.architecture), known.to_dict())
+        pretrained = ":" in name or here
     model = create_model(name, pretrained=pretrained)
     if not pretrained:
         print(f"{name} has no weights yet: its parameters are random")

@@ -116,6 +116,20 @@ def test_options_of_the_model_travel(client):
     """) == [0.0, True, 1]
 
 
+@pytest.mark.parametrize("create", ["timm.create_model", "create_model"])
+def test_a_repository_that_is_named_comes_before_the_packages_own_weights(client, create):
+    assert (
+        client(f"""
+        mine = timm.create_model("glattn_atto", num_classes=3).eval()
+        push(mine, "org/atto")
+        overlay = dict(hf_hub_id="org/atto", num_classes=3)
+        pulled = {create}("glattn_atto", pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+        result = differ(mine, pulled)
+    """)
+        == 0.0
+    )
+
+
 def test_adapted_to_other_classes_channels_and_features(hub, client):
     client('send("org/adapt")')
     result = client("""

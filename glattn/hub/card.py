@@ -34,6 +34,7 @@ class Record:
         seen: Training images seen, over all epochs.
         hours: That the training steps took.
         seed: Of the training.
+        notes: Paragraphs of Markdown, put first.
         curve: Picture of the training curve.
     """
 
@@ -45,6 +46,7 @@ class Record:
     seen: int | None = None
     hours: float | None = None
     seed: int | None = None
+    notes: str = ""
     curve: Path | None = None
 
 
@@ -104,6 +106,7 @@ def model_card(model: nn.Module, name: str, config: Mapping[str, Any], record: R
         f"{config['num_classes']} classes, for [timm](https://github.com/huggingface/pytorch-image-models)"
         + (" with `glattn`." if ours else "."),
         *([_FORMULA] if record.dataset == "fractals" else []),
+        *([record.notes] if record.notes else []),
         *_measured(record),
         "## Use",
         _usage(name, cfg, ours),

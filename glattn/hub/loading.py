@@ -22,20 +22,29 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from timm.models import get_pretrained_cfg, is_model, load_checkpoint
+from timm.models import is_model, load_checkpoint, resolve_pretrained_cfg
 from timm.models._factory import parse_model_name
 from timm.models._hub import hf_split
+from timm.models._registry import split_model_name_tag
 from torch import nn
 
 from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.glattn import GLAttn
-from glattn.models.weights import WEIGHTS, check_file, checkpoint_errors, one_line, weights_file
+from glattn.models.weights import (
+    HTTP_ERROR,
+    WEIGHTS,
+    ask_hub,
+    check_file,
+    checkpoint_errors,
+    missing_weights,
+    one_line,
+    source_overlay,
+    weights_file,
+)
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
-# What the client raises where no answer came: httpx's or, in older versions, requests' base class.
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 TRANSIENT = (429, 500, 502, 503, 504)
 
 
@@ -56,14 +65,11 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     """
     checkpoint_path = kwargs.pop("checkpoint_path", None)
     source, model_id = parse_model_name(model_name)
-    if source is None and not is_model(model_id.partition(".")[0]):
+    if source is None and not is_model(split_model_name_tag(model_id)[0]):
         close = difflib.get_close_matches(model_id, timm.list_models(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown model {model_name!r}{hint}")
-    what = model_name
-    with plain_errors(model_name):
-        if pretrained:
-            what = _fetch(source, model_id, kwargs) or what
+    what = (_fetch(model_name, source, model_id, kwargs) if pretrained else None) or model_name
     with plain_errors(what):
         model = patiently(lambda: timm.create_model(model_name, pretrained, **kwargs))
     if checkpoint_path:
@@ -85,30 +91,36 @@ def _load_exactly(model: nn.Module, path: Path) -> None:
         load_checkpoint(model, str(path), filter_fn=checks)
 
 
-def _fetch(source: str | None, model_id: str, kwargs: dict[str, Any]) -> str | None:
+def _fetch(model_name: str, source: str | None, model_id: str, kwargs: dict[str, Any]) -> str | None:
     """Check the file that timm will read, and return its name; or bring the Hub's to the cache.
 
     timm takes a Hub that does not answer for one that has no safetensors, and would go on to a pickle.
     """
     cfg: dict[str, Any] = {"source": source, "file": model_id, "hf_hub_id": model_id}
-    if source is None:
-        known = get_pretrained_cfg(model_id)
-        cfg = {**(known.to_dict() if known else {}), **(kwargs.get("pretrained_cfg_overlay") or {})}
-    path, name = weights_file(cfg, kwargs.get("cache_dir"))
-    repo = cfg.get("hf_hub_id")
-    if source == "local-dir" or (source is None and cfg.get("file")):
-        if path is not None:
-            check_file(path)
-        return name
-    if not repo or cfg.get("hf_hub_filename"):
-        return None
-    repo_id, revision = hf_split(repo)
-    try:
-        patiently(lambda: hf_hub_download(repo_id, WEIGHTS, revision=revision, cache_dir=kwargs.get("cache_dir")))
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
-        _logger.info("%s has no %s", repo, WEIGHTS)
+    variant, tag = split_model_name_tag(model_id)
+    with plain_errors(model_name):
+        if source is None:
+            overlay = source_overlay(kwargs.get("pretrained_cfg_overlay"))
+            cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg") or tag, overlay).to_dict()
+        path, name = weights_file(cfg, kwargs.get("cache_dir"))
+        repo = cfg.get("hf_hub_id")
+        if source == "local-dir" or (source is None and cfg.get("file")):
+            if path is not None:
+                check_file(path)
+            return name
+        if not repo or cfg.get("hf_hub_filename") or cfg.get("state_dict"):
+            return None
+        repo_id, revision = hf_split(repo)
+    missing = missing_weights(variant, cfg)
+    with plain_errors(missing or model_name):
+        if missing and path is None:
+            patiently(lambda: ask_hub(repo))
+        try:
+            patiently(lambda: hf_hub_download(repo_id, WEIGHTS, revision=revision, cache_dir=kwargs.get("cache_dir")))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            _logger.info("%s has no %s", repo, WEIGHTS)
     return None
 
 

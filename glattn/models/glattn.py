@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from glattn.config import GLAttnConfig, check_choice, check_rate
 from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.stages import Stage, Stem, ceil_size
 from glattn.models.variants import VARIANTS
-from glattn.models.weights import reading_checkpoint
+from glattn.models.weights import HUB, reading_checkpoint, source_overlay
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
 
@@ -292,10 +293,28 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+# variants whose weights the package carries; ``input_size`` stays the family's, though they saw 64 pixels a side
+_SHIPPED = {"glattn_atto": "fractal1k_64"}
+
+
+def _variant_cfg(variant: str) -> tuple[str, dict[str, Any]]:
+    tag = _SHIPPED.get(variant)
+    if tag is None:
+        return variant, _cfg(hf_hub_id=f"{HUB}/{variant}")
+    name = f"{variant}.{tag}"
+    return name, _cfg(
+        hf_hub_id=f"{HUB}/{name}",
+        file=str(Path(__file__).with_name(f"{name}.safetensors")),
+        label_names=tuple(f"fractal{number:04d}" for number in range(1000)),
+        paper_ids=("arXiv:2109.08937", "arXiv:2101.08515", "arXiv:2110.03091"),
+    )
+
+
+default_cfgs = generate_default_cfgs(dict(map(_variant_cfg, VARIANTS)))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    kwargs["pretrained_cfg_overlay"] = source_overlay(kwargs.get("pretrained_cfg_overlay"))
     source = {name: kwargs.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
     with reading_checkpoint(variant, pretrained, **source):
         return build_model_with_cfg(

@@ -12,12 +12,13 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models import load_state_dict, resolve_pretrained_cfg
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 from glattn.files import replacing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HUB = "glattn"  # organisation whose repositories are named like the variants
+# What the Hub's client raises where no answer came: httpx's or, in older versions, requests' base class.
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 DIGEST = "sha256"  # key of the safetensors metadata
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: averaged weights first
 
@@ -83,6 +87,31 @@ def weights_file(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) ->
         cached = try_to_load_from_cache(name, filename, cache_dir, revision)
         return Path(cached) if isinstance(cached, str) else None, f"hf-hub:{repo}/{filename}"
     return None, "checkpoint"
+
+
+def source_overlay(overlay: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a ``pretrained_cfg_overlay`` whose URL or repository, if any, comes before the variant's own weights."""
+    given = dict(overlay or {})
+    if given.get("url"):
+        return {"file": None, "hf_hub_id": None, **given}
+    if given.get("hf_hub_id") or given.get("hf_hub_filename"):
+        return {"file": None, **given}
+    return given
+
+
+def missing_weights(variant: str, cfg: Mapping[str, Any]) -> str | None:
+    """Return how to begin an error if the Hub does not have a variant's own weights and the package has none."""
+    if cfg.get("source") or cfg.get("file") or cfg.get("state_dict") or cfg.get("hf_hub_id") != f"{HUB}/{variant}":
+        return None
+    todo = "use pretrained=False, or weights of yours: pretrained_cfg_overlay=dict(file=PATH)"
+    return f"{variant}: no pretrained weights of it in this package; {todo}; hf-hub:{cfg['hf_hub_id']}"
+
+
+def ask_hub(repo: str) -> None:
+    """Raise the client's error if the Hub has no such repository or does not answer: at once; timm tries a minute."""
+    name, revision = hf_split(repo)
+    with suppress(EntryNotFoundError):
+        get_hf_file_metadata(hf_hub_url(name, WEIGHTS, revision=revision))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -212,6 +241,11 @@ def reading_checkpoint(
     path, source = weights_file(cfg, cache_dir)
     if path is not None:
         check_file(path)
+    elif missing := missing_weights(variant, cfg):
+        try:
+            ask_hub(cfg["hf_hub_id"])
+        except (HTTP_ERROR, OSError) as error:
+            raise OSError(f"{missing}: {one_line(error)}") from error
     with checkpoint_errors(source):
         yield
 

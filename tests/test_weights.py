@@ -1,0 +1,186 @@
+"""The weights that the package carries: they load with no network, say what they are, and fit the network of today."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hub_client import Client, Failed, environment
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import glattn
+from glattn.hub import push
+from glattn.hub.card import read_record
+from glattn.models.weights import HUB, check_digest, source_overlay
+from glattn.training.classifier import open_checkpoint
+from glattn.training.fractals import SAMPLES
+from glattn.training.pretrain import FractalSource
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "glattn_atto.fractal1k_64"
+FILE = ROOT / "glattn" / "models" / f"{NAME}.safetensors"
+RECORD = ROOT / "docs" / "weights" / NAME
+WAYS = pytest.mark.parametrize("create", [timm.create_model, glattn.create_model], ids=["timm", "glattn"])
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def hub_client(tmp_path_factory):
+    """Return a process whose Hub is a port where nobody listens."""
+    client = Client(environment("http://127.0.0.1:9", tmp_path_factory.mktemp("home")))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def _closed(monkeypatch):
+    """Let no connection be opened."""
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.create_connection", refuse)
+
+
+@pytest.mark.usefixtures("_closed")
+@WAYS
+@pytest.mark.parametrize("name", ["glattn_atto", NAME])
+def test_they_load_without_a_connection(create, name, image):
+    model = create(name, pretrained=True).eval()
+    expected = load_file(FILE)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key].to(value.dtype)), key
+    assert model.pretrained_cfg["tag"] == "fractal1k_64"
+    with torch.inference_mode():
+        assert torch.isfinite(model(image)).all()
+
+
+@pytest.mark.usefixtures("_closed")
+def test_every_habit_works_from_them(image):
+    whole = timm.create_model("glattn_atto", pretrained=True).eval()
+    fewer = timm.create_model("glattn_atto", pretrained=True, num_classes=7, in_chans=1, img_size=96).eval()
+    features = timm.create_model("glattn_atto", pretrained=True, features_only=True).eval()
+    with torch.inference_mode():
+        assert fewer(image.mean(1, keepdim=True)).shape == (2, 7)
+        for one, other in zip(
+            features(image), whole.forward_intermediates(image, intermediates_only=True), strict=True
+        ):
+            assert torch.equal(one, other)
+    assert torch.equal(fewer.stages[0].blocks[0].mlp.fc1.conv.weight, whole.stages[0].blocks[0].mlp.fc1.conv.weight)
+
+
+def test_they_are_small_and_whole():
+    assert FILE.stat().st_size < 8e6
+    with safe_open(FILE, framework="pt") as file:
+        assert "sha256" in file.metadata()
+    tensors = load_file(FILE)
+    check_digest(tensors, FILE)
+    kinds = {value.dtype for value in tensors.values() if value.ndim > 1}
+    assert kinds == {torch.float16}
+
+
+def test_they_know_fractals_that_they_have_not_seen():
+    model = timm.create_model("glattn_atto", pretrained=True).eval()
+    source = FractalSource.of(400, fixed=True, side=64)
+    config = {**timm.data.resolve_model_data_config(model), "input_size": (3, 64, 64)}
+    (pictures, places), *_ = source.loader([[(i, 0) for i in range(400)]], config, device=torch.device("cpu"))
+    with torch.inference_mode():
+        right = (model(pictures).argmax(1) == places[:, 0]).float().mean()
+    measured = json.loads((RECORD / "best" / "metrics.json").read_text())["top1"]
+    assert 100 * float(right) == pytest.approx(measured, abs=7)
+
+
+def test_the_record_is_of_enough_pictures_and_its_card_says_so():
+    record = read_record(RECORD)
+    assert record.dataset == "fractals"
+    with (RECORD / "metrics.csv").open(newline="") as file:
+        assert record.seen == SAMPLES * len(list(csv.DictReader(file)))
+    assert record.seen >= 2_000_000
+    card = (RECORD / "README.md").read_text()
+    for said in (f"hf-hub:{HUB}/{NAME}", "no photograph", f"{record.seen:,}", str(record.environment["commit"]),
+                 "without fine-tuning they predict nothing", "## When it helps"):  # fmt: skip
+        assert said in card
+
+
+@WAYS
+@pytest.mark.parametrize("name", ["glattn_tiny", "test_glattn"])
+def test_a_variant_without_weights_says_so_in_one_line(create, name, hub_client):
+    code = f"""
+        import timm, glattn
+        create = {"timm" if create is timm.create_model else "glattn"}.create_model
+        create("{name}", pretrained=True)
+    """
+    with pytest.raises(Failed) as error:
+        hub_client.run(code)
+    assert "OSError" in error.value.kinds
+    assert "\n" not in error.value.message
+    for said in (f"{name}: no pretrained weights", "pretrained=False", "pretrained_cfg_overlay", f"{HUB}/{name}"):
+        assert said in error.value.message
+
+
+SOURCES = {
+    "file": 'dict(pretrained_cfg_overlay=dict(file=f"{folder}/model.safetensors"))',
+    "tensors": "dict(pretrained_cfg_overlay=dict(state_dict=mine.state_dict()))",
+    "cfg with a file": 'dict(pretrained_cfg=dict(file=f"{folder}/model.safetensors", **plain))',
+    "cfg with tensors": "dict(pretrained_cfg=dict(state_dict=mine.state_dict(), **plain))",
+    "url": 'dict(pretrained_cfg_overlay=dict(url=f"file://{folder}/model.safetensors"))',
+    "nothing": "dict(pretrained_cfg_overlay={})",
+    "no repository": "dict(pretrained_cfg_overlay=dict(hf_hub_id=None))",
+}
+
+
+@WAYS
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_users_source_comes_before_them(create, source, hub_client, tmp_path):
+    same = hub_client.run(f"""
+        import timm, torch, glattn
+        from glattn.hub import push
+        mine = timm.create_model("glattn_atto", num_classes=3)
+        folder = push(mine, "org/mine", dry_run={str(tmp_path)!r})
+        torch.hub.set_dir({str(tmp_path / "cache")!r})
+        plain = dict(num_classes=3, input_size=(3, 224, 224), first_conv="stem.conv1.conv", classifier="head.fc")
+        made = {"timm" if create is timm.create_model else "glattn"}.create_model(
+            "glattn_atto", pretrained=True, num_classes=3, **{SOURCES[source]}
+        )
+        key = "stages.0.blocks.0.mlp.fc1.conv.weight"
+        result = [torch.equal(made.state_dict()[key], mine.state_dict()[key])]
+    """)
+    assert same == [source not in ("nothing", "no repository")]
+
+
+@pytest.mark.parametrize(
+    ("given", "cleared"),
+    [
+        ({"url": "u"}, {"file", "hf_hub_id"}),
+        ({"hf_hub_id": "r"}, {"file"}),
+        ({"hf_hub_filename": "f"}, {"file"}),
+        ({"hf_hub_id": None}, set()),
+        ({"num_classes": 3}, set()),
+        (None, set()),
+    ],
+)
+def test_an_overlays_source_is_the_only_one(given, cleared):
+    overlay = source_overlay(given)
+    assert {key for key, value in overlay.items() if value is None and key not in (given or {})} == cleared
+    assert {key: overlay[key] for key in given or {}} == (given or {})
+
+
+def test_a_classifier_of_theirs_names_fractals():
+    names = open_checkpoint("glattn_atto").class_names
+    assert names == FractalSource.of(1, fixed=True, side=64).class_names
+
+
+def test_no_path_of_theirs_travels_on(tmp_path):
+    push(timm.create_model("glattn_atto", pretrained=True, num_classes=3), "org/mine", dry_run=tmp_path)
+    assert str(ROOT) not in (tmp_path / "config.json").read_text()
+    for path in RECORD.rglob("*.*"):
+        if path.suffix != ".png":
+            assert not any(part in path.read_text() for part in ("/tmp/", "/root/", "/home/", str(ROOT))), path
