@@ -1,4 +1,4 @@
-# make finetune   set up, then fine-tune glattn_atto on real handwritten digits
+# make finetune   set up, then fine-tune glattn_atto on real handwritten digits, from its weights and from scratch
 # make test       set up, then pass the tests
 # make check      what CI runs: format, lint, types, tests
 
@@ -18,7 +18,9 @@ $(VENV)/.stamp: pyproject.toml
 setup: $(VENV)/.stamp
 
 finetune: setup
-	$(RUN)/glattn train --config configs/digits.yaml
+	$(RUN)/glattn train --config configs/digits.yaml run=runs/digits resume=auto
+	$(RUN)/glattn train --config configs/digits.yaml run=runs/digits-scratch resume=auto pretrained=false
+	$(RUN)/python scripts/compare_runs.py runs/digits runs/digits-scratch
 
 # two processes of one thread each
 test: setup

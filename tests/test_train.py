@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from glattn.cli import main
 from glattn.training import build
+from glattn.training.command import resolve
 from glattn.training.config import TrainConfig
 from glattn.training.data import make_loader, open_sources
 from glattn.training.digits import write_digits
@@ -222,6 +223,7 @@ def test_the_digits_recipe_writes_what_it_trains_on(tmp_path):
     train, val = open_sources(config)
     assert (len(train), len(val)) == (1438, 359)
     assert train.class_names == val.class_names == tuple("0123456789")
+    assert config.pretrained  # the quick start's other run is the one from scratch
 
 
 @pytest.mark.slow
@@ -349,6 +351,21 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr("glattn.training.loop.train", interrupted)
     assert main(["train", "--data", "anything"]) == 130
     assert "--resume auto" in capsys.readouterr().err
+
+
+def test_keys_stand_before_between_and_behind_options(monkeypatch, capsys):
+    read = []
+    monkeypatch.setattr("glattn.training.command.run", lambda args: read.append(resolve(args)) or 0)
+    assert main(["train", "lr=0.5", "seed=3", "--model", "test_glattn", "batch_size=7", "--epochs", "2", "keep=1"]) == 0
+    config = read[0]
+    assert (config.lr, config.seed, config.model, config.batch_size, config.epochs, config.keep) == (
+        0.5, 3, "test_glattn", 7, 2, 1,
+    )  # fmt: skip
+    for wrong in (["--model", "m", "--speed=3"], ["--model", "m", "lr=1", "--epochs", "2", "word"]):
+        with pytest.raises(SystemExit):
+            main(["train", *wrong])
+        assert wrong[-1] in capsys.readouterr().err
+    assert len(read) == 1
 
 
 def test_configuration_survives_yaml_and_help_lists_every_key(tmp_path, capsys):
