@@ -1,0 +1,199 @@
+"""Fine-tune from pretrained weights and from scratch on few and on many drawings: does pretraining help, and whom?
+
+    python scripts/transfer.py glattn_atto:pretrained glattn_atto:scratch
+
+An arm is MODEL:START, START being scratch, pretrained (the weights that the model comes with) or a run folder of
+`glattn pretrain`; MODEL:scratch*10 trains ten times as long. The first is compared with the others. lr is chosen for
+each arm on val/, by its first seed; the test is seen once by the best checkpoint of each run. A killed list goes on.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import timm
+from matplotlib.figure import Figure
+from run_proxies import Proxies, Row, read_csv
+
+import glattn  # noqa: F401
+from glattn.files import new_folder, write_text
+from glattn.training.digits import write_digits
+from glattn.training.figures import save_figure
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned after pretraining.
+
+    Args:
+        data: Folder of images.
+        shots: Training images a class, another choice for each seed; 0: all.
+        seeds: Of weights, order and choice.
+        settings: Changes of the recipe.
+    """
+
+    data: str
+    shots: int
+    seeds: tuple[int, ...]
+    settings: tuple[str, ...]
+
+
+TASKS = {
+    "icons100-10shot": Task("data/icons100", 10, (0, 1, 2), ("epochs=30", "warmup_epochs=2")),
+    "digits-5shot": Task("data/digits", 5, (0, 1, 2), ("epochs=100", "warmup_epochs=5", "batch_size=25")),
+    "emoji": Task("data/emoji", 0, (0, 1), ("epochs=6", "warmup_epochs=1")),
+    "icons100": Task("data/icons100", 0, (0, 1), ("epochs=6", "warmup_epochs=1")),
+}
+
+
+class Transfer(Proxies):
+    """The runs of one task."""
+
+    def __init__(self, name: str, task: Task, args: argparse.Namespace) -> None:
+        self.task = task
+        settings = {"models": args.arms, "data": Path(name), "config": args.config, "settings": task.settings}
+        folders = {"runs": args.runs, "out": args.out, "minutes": args.minutes}
+        super().__init__(SimpleNamespace(**settings, **folders, lr=args.lr, seeds=task.seeds))  # type: ignore[arg-type]
+        self.check_starts()
+
+    def check_starts(self) -> None:
+        """Note the files that the arms start from, and raise if runs of theirs began with other ones."""
+        path = self.out / "starts.json"
+        noted = json.loads(path.read_text()) if path.exists() else {}
+        for arm in self.args.models:
+            file = start_file(arm)
+            if file is not None:
+                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                if noted.setdefault(arm, digest) != digest:
+                    raise ValueError(f"{self.out}: its runs of {arm} began with other weights; remove them")
+        write_text(path, json.dumps(noted, indent=2) + "\n")
+
+    @property
+    def source(self) -> Path:
+        """The folder of images."""
+        return write_digits("data/digits") if self.task.data == "data/digits" else Path(self.task.data)
+
+    def chosen_data(self, seed: int) -> Path:
+        """Return the folder of a seed's images, chosen if that is still to be done."""
+        if not self.task.shots:
+            return self.source
+        chosen = self.runs / f"images-{self.task.shots}shot-seed{seed}"
+        if not chosen.exists():
+            choose(self.source, chosen, self.task.shots, seed)
+        return chosen
+
+    def start(self, model: str) -> list[str]:
+        """Return the arguments of an arm, MODEL:START."""
+        name, start, times = split_arm(model)
+        arguments = [f"model={name}"]
+        if start == "pretrained":
+            arguments.append("pretrained=true")
+        elif start != "scratch":
+            arguments.append(f"checkpoint={start_file(model)}")
+        if times:
+            epochs = next(int(text.partition("=")[2]) for text in self.task.settings if text.startswith("epochs="))
+            arguments.append(f"epochs={epochs * times}")
+        return arguments
+
+
+def split_arm(arm: str) -> tuple[str, str, int]:
+    """Return an arm's model, its start, and how many times longer it trains, 0 for no longer."""
+    found = re.fullmatch(r"([^:]+):([^*]+)(?:\*([1-9]\d*))?", arm)
+    if found is None:
+        raise ValueError(f"{arm!r} is no arm: write MODEL:scratch, MODEL:scratch*10, MODEL:pretrained or MODEL:RUN")
+    return found[1], found[2], int(found[3] or 0)
+
+
+def start_file(arm: str) -> Path | None:
+    """Return the file of weights that an arm starts from; None from scratch, or if it is the Hub's."""
+    model, start, _ = split_arm(arm)
+    if start == "pretrained":
+        cfg = timm.get_pretrained_cfg(model)
+        return Path(cfg.file) if cfg is not None and cfg.file else None
+    if start == "scratch":
+        return None
+    path = Path(start) / "best" / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{arm}: no {path}; is {start} a run folder of `glattn pretrain`?")
+    return path
+
+
+def choose(source: Path, target: Path, shots: int, seed: int) -> None:
+    """Link a few images a class to train on, some to choose rate and epoch by, and all of the test's.
+
+    What has no test/ (the digits) is tested on val/, and validated on other images of train/.
+    """
+    rng = np.random.default_rng([seed, shots])
+    tested = (source / "test").is_dir()
+    with new_folder(target) as root:
+        for folder in sorted((source / "train").iterdir()):
+            images = [path for path in sorted(folder.iterdir()) if path.is_file()]
+            picked = [images[i] for i in rng.permutation(len(images))]
+            others = sorted((source / "val" / folder.name).glob("*.png")) if tested else picked[shots:]
+            others = [others[i] for i in rng.permutation(len(others))]
+            tests = sorted((source / ("test" if tested else "val") / folder.name).glob("*.png"))
+            for split, paths in (("train", picked[:shots]), ("val", others[: max(shots, 20)]), ("test", tests)):
+                (root / split / folder.name).mkdir(parents=True)
+                for path in paths:
+                    (root / split / folder.name / path.name).symlink_to(path.resolve())
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw the accuracy of each arm on each task at its chosen rate: a bar to the mean, a dot a seed."""
+    rows = [row for row in rows if row["chosen"] == "yes"]
+    tasks, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("data", "model"))
+    figure = Figure(figsize=(3 + 2.2 * len(tasks), 5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(arms)
+    for number, arm in enumerate(arms):
+        for place, task in enumerate(tasks):
+            tests = [float(row["test_top1"]) for row in rows if (row["model"], row["data"]) == (arm, task)]
+            if tests:
+                x = place + (number - (len(arms) - 1) / 2) * width
+                label = {"label": arm} if place == 0 else {}
+                axes.bar(x, sum(tests) / len(tests), width * 0.9, color=f"C{number}", alpha=0.6, **label)
+                axes.plot([x] * len(tests), tests, ".", color="#1e293b", markersize=4)
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_ylabel("top-1 on the test, %")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def main() -> int:
+    """Fine-tune, test, compare, draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__
+    )
+    parser.add_argument("arms", nargs="+", metavar="MODEL:START", help="the others are compared with the first")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"))
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3])
+    parser.add_argument("--runs", type=Path, default=Path("runs/transfer"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="begin no run of a task after this time; the command goes on")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/transfer"), help="folder (%(default)s)")
+    args = parser.parse_args()
+    try:
+        for name in args.tasks:
+            print(name, flush=True)
+            transfer = Transfer(name, TASKS[name], args)
+            if not transfer.run():
+                print("time is up; the same command goes on")
+            transfer.args.models = [arm for arm in args.arms if transfer.complete(arm)]
+            if transfer.args.models[:1] == args.arms[:1]:
+                transfer.compare()
+        draw([row for name in TASKS for row in read_csv(args.out / name / "runs.csv")], args.out / "transfer.png")
+    except (ValueError, OSError) as error:
+        print(f"transfer: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Transfer: which images each seed sees, how each arm starts, and what is written; the quick start's summary."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import compare_runs
+import run_proxies
+import transfer
+
+from glattn.training.config import TrainConfig
+
+
+def drawings(root: Path, *splits: str) -> Path:
+    """Write eight images of each of two classes to each split, no two of them alike in name."""
+    for split in splits:
+        for label in "ab":
+            (root / split / label).mkdir(parents=True)
+            for number in range(8):
+                Image.new("L", (32, 32), 10 * number).save(root / split / label / f"{split}{label}{number}.png")
+    return root
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*.png")}
+
+
+def test_few_images_are_chosen_by_seed_and_the_test_is_whole(tmp_path):
+    source = drawings(tmp_path / "icons", "train", "val", "test")
+    chosen = [tmp_path / f"seed{seed}" for seed in (0, 1)]
+    for seed, folder in enumerate(chosen):
+        transfer.choose(source, folder, 3, seed)
+        assert [len(names(folder / "train" / label)) for label in "ab"] == [3, 3]
+        assert names(folder / "train") < names(source / "train")
+        assert names(folder / "val") == names(source / "val")  # up to twenty a class
+        assert names(folder / "test") == names(source / "test")
+    assert names(chosen[0] / "train") != names(chosen[1] / "train")
+    transfer.choose(source, tmp_path / "again", 3, 0)
+    assert names(tmp_path / "again") == names(chosen[0])
+
+
+def test_what_has_no_test_of_its_own_is_tested_on_what_was_held_out(tmp_path):
+    source = drawings(tmp_path / "digits", "train", "val")
+    transfer.choose(source, tmp_path / "few", 2, 0)
+    few = {split: names(tmp_path / "few" / split) for split in ("train", "val", "test")}
+    assert few["test"] == names(source / "val")
+    assert few["train"] | few["val"] == names(source / "train")
+    assert not few["train"] & few["val"]
+    assert len(few["train"]) == 4
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Make a task of two classes, and pretend to train: what starts from weights is right more often."""
+    commands, wrong = [], {}
+    source = drawings(tmp_path / "icons", "train", "val", "test")
+    task = transfer.Task(str(source), 2, (0, 1), ("epochs=3",))
+    monkeypatch.setattr(transfer, "TASKS", {"two": task})
+    (tmp_path / "resnet18" / "best").mkdir(parents=True)
+    (tmp_path / "resnet18" / "best" / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    images = sorted(f"{path.parent.name}/{path.name}" for path in (source / "test").rglob("*.png"))
+
+    def train(command, **_):
+        commands.append(command)
+        said = dict(part.split("=", 1) for part in command if "=" in part)
+        TrainConfig.read(None, [part for part in command if "=" in part])  # every key exists
+        wrong[said["run"]] = 2 if "pretrained" in said or "checkpoint" in said else 8
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run_proxies.subprocess, "run", train)
+
+    def finished(run, data):
+        right = {image: number >= wrong[str(run)] for number, image in enumerate(images)}
+        return {"val_top1": "50", "test_top1": "60"}, right
+
+    monkeypatch.setattr(run_proxies, "finished", finished)
+
+    def main(*arguments):
+        folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["transfer.py", *arguments, *folders])
+        return transfer.main()
+
+    return main, commands, tmp_path
+
+
+ARMS = ("test_glattn:pretrained", "test_glattn:scratch", "resnet18:resnet18", "test_glattn:scratch*10")
+
+
+def test_each_arm_starts_as_it_says_and_is_compared_with_the_first(trained, capsys):
+    main, commands, root = trained
+    assert main(*ARMS, "--lr", "0.001", "0.002") == 0
+    assert len(commands) == 4 * 3  # two rates, and the second seed at the better one
+    ends = {arm: commands[3 * place] for place, arm in enumerate(ARMS)}
+    assert "pretrained=true" in ends[ARMS[0]]
+    assert not {"pretrained=true", "epochs=30"} & set(ends[ARMS[1]])
+    assert {"model=resnet18", "checkpoint=resnet18/best/model.safetensors"} <= set(ends[ARMS[2]])
+    assert ends[ARMS[3]].index("epochs=30") > ends[ARMS[3]].index("epochs=3")  # the last one counts
+    compared = {row["other"]: row for row in run_proxies.read_csv(root / "out" / "two" / "comparisons.csv")}
+    assert {arm: row["points"] for arm, row in compared.items()} == {
+        ARMS[1]: "37.50",
+        ARMS[2]: "0.00",
+        ARMS[3]: "37.50",
+    }
+    assert {row["data"] for row in run_proxies.read_csv(root / "out" / "two" / "runs.csv")} == {"two"}
+    assert (root / "out" / "transfer.png").stat().st_size > 0
+    before = (root / "out" / "two" / "runs.csv").read_text()
+    assert main(*ARMS) == 0
+    assert len(commands) == 4 * 3
+    assert (root / "out" / "two" / "runs.csv").read_text() == before
+
+
+def test_a_list_that_ran_out_of_time_goes_on(trained, capsys):
+    main, commands, _ = trained
+    assert main(ARMS[0]) == 0
+    assert main(*ARMS, "--minutes", "1e-12") == 0
+    assert "goes on" in capsys.readouterr().out
+    assert len(commands) == 3
+    assert main(*ARMS[:2]) == 0
+    assert len(commands) == 6
+
+
+def test_arms_that_are_not_done_are_not_compared(trained):
+    main, _, root = trained
+    assert main(*ARMS[:2]) == 0
+    runs = root / "out" / "two" / "runs.csv"
+    rows = run_proxies.read_csv(runs)
+    run_proxies.write_csv(runs, tuple(rows[0]), [row for row in rows if (row["model"], row["seed"]) != (ARMS[1], "1")])
+    (root / "out" / "two" / "comparisons.csv").unlink()
+    assert main(ARMS[0], ARMS[1], "--minutes", "1e-12") == 0
+    assert not (root / "out" / "two" / "comparisons.csv").exists()
+
+
+@pytest.mark.parametrize("arm", ["glattn_atto", "glattn_atto:", "glattn_atto:scratch*0", ":scratch", "a:b:c*d"])
+def test_what_is_no_arm_is_said(trained, arm, capsys):
+    main, commands, _ = trained
+    assert main(arm) == 1
+    assert "is no arm" in capsys.readouterr().err
+    assert not commands
+
+
+def test_runs_that_began_with_other_weights_are_not_mixed(trained, capsys):
+    main, _, root = trained
+    assert main(ARMS[2]) == 0
+    (root / "resnet18" / "best" / "model.safetensors").write_bytes(b"others")
+    assert main(ARMS[2]) == 1
+    error = capsys.readouterr().err
+    assert "other weights" in error
+    assert error.count("\n") == 1
+
+
+def test_missing_images_are_one_line(trained, monkeypatch, capsys):
+    main, _, root = trained
+    monkeypatch.setattr(transfer, "TASKS", {"none": transfer.Task(str(root / "none"), 2, (0,), ("epochs=3",))})
+    assert main(ARMS[0]) == 1
+    error = capsys.readouterr().err
+    assert str(root / "none") in error
+    assert "make_" in error
+    assert error.count("\n") == 1
+
+
+def test_runs_are_printed_side_by_side(tmp_path, monkeypatch, capsys):
+    for name, tops in (("one", (50, 99.5)), ("two", (25,))):
+        (tmp_path / name).mkdir()
+        rows = [{"epoch": str(epoch), "top1": str(top)} for epoch, top in enumerate(tops, 1)]
+        run_proxies.write_csv(tmp_path / name / "metrics.csv", ("epoch", "top1"), rows)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", "one", "two"])
+    assert compare_runs.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:3]] == [["epoch", "one", "two"], ["1", "50.00%", "25.00%"], ["2", "99.50%"]]
+    assert "local-dir:one/best" in lines[3]
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", "one", "gone"])
+    assert compare_runs.main() == 1
+    error = capsys.readouterr().err
+    assert "gone" in error
+    assert error.count("\n") == 1
