@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 import zlib
 
@@ -151,8 +152,8 @@ def val_only(root):
 
 PROBLEMS = {
     empty_class: "class 'violet' is empty",
-    without_val_class: "without validation images: 'red'",
-    other_val_class: "without validation images: 'red'; without training images: 'rose'",
+    without_val_class: "without validation images (partial_val=true allows it): 'red'",
+    other_val_class: "(partial_val=true allows it): 'red'; without training images: 'rose'",
     one_class: "one class only ('red')",
     two_of_one_name: "class 'red' has two folders",
     loose_images: "holds images of no class (loose.png",
@@ -174,6 +175,21 @@ def test_a_broken_folder_is_one_line_before_any_compute(break_it, command, tmp_p
     assert captured.err.count("\n") == 1
     assert PROBLEMS[break_it] in captured.err
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_may_lack_classes_where_that_is_said(tmp_path, capsys):
+    root = write_folder(tmp_path / "data")
+    shutil.rmtree(root / "val" / "blue")  # the first: the others keep their numbers
+    train, val = open_sources(TrainConfig(data=str(root), partial_val=True))
+    assert val.class_names == train.class_names
+    assert sorted(set(val.targets.tolist())) == [1, 2]
+    assert all(val.class_names[val.read(number)[1]] in val.name(number) for number in range(len(val)))
+    options = ["partial_val=true", "model=test_glattn", "image_size=32", "epochs=1", "tracker=none", "workers=0"]
+    assert main(["train", "--data", str(root), "--run", str(tmp_path / "run"), *options]) == 0
+    assert "3 classes, 24 + 8 images" in capsys.readouterr().out
+    (root / "val" / "green").rename(root / "val" / "grass")
+    assert main(["train", "--data", str(root), "--run", str(tmp_path / "other"), *options]) == 1
+    assert "without training images: 'grass'" in capsys.readouterr().err
 
 
 def test_a_class_of_one_image_cannot_be_split(tmp_path):

@@ -35,6 +35,7 @@ class TrainConfig:
     train_split: str = option("train", "name of the training split")
     val_split: str = option("validation", "name of the validation split (a folder val/ or validation/)")
     val_fraction: float = option(0.2, "share held out, stratified and seeded, where there is no validation split")
+    partial_val: bool = option(False, "allow classes without validation images")
     bad_images: Literal["skip", "refuse"] = option(
         "skip", "unreadable images: skip (counted and listed) or refuse (all are read before training starts)"
     )

@@ -102,10 +102,12 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
             train, val = split_source(train, config.val_fraction, config.seed)
         else:
             val = open_folder(val_root)
+            if config.partial_val and set(val.class_names) < set(train.class_names):
+                val = open_folder(val_root, class_map={name: number for number, name in enumerate(train.class_names)})
     else:
         train = _open_named(config.dataset, config.data, config.train_split)
         val = _open_named(config.dataset, config.data, config.val_split)
-    _check_classes(train, val)
+    _check_classes(train, val, partial=config.partial_val)
     return train, val
 
 
@@ -223,20 +225,20 @@ def _some(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _check_classes(train: Source, val: Source) -> None:
+def _check_classes(train: Source, val: Source, *, partial: bool) -> None:
     if train.class_names != val.class_names:
         missing = sorted(set(train.class_names) - set(val.class_names))
         unknown = sorted(set(val.class_names) - set(train.class_names))
         raise ValueError(
             "training and validation classes differ"
-            + (f"; without validation images: {_some(missing)}" if missing else "")
+            + (f"; without validation images (partial_val=true allows it): {_some(missing)}" if missing else "")
             + (f"; without training images: {_some(unknown)}" if unknown else "")
         )
     if len(train.class_names) < 2:
         raise ValueError(f"one class only ({_some(list(train.class_names))}): a classifier needs two or more")
     for split, source in (("training", train), ("validation", val)):
         empty = [source.class_names[n] for n in np.flatnonzero(source.class_counts() == 0)]
-        if empty:
+        if empty and not (partial and source is val):
             raise ValueError(f"classes without {split} images: {_some(empty)}")
 
 
