@@ -1,15 +1,24 @@
-"""Write the generated tables: README.md's, counted from the models, and docs/results.md's, from the files beside it."""
+"""Write what is generated: the tables of README.md and docs/results.md, and the cards of the package's weights.
+
+README.md's are counted from the models, the others' read from docs/results/; cards from the records in docs/weights/.
+"""
 
 import argparse
 import csv
+import dataclasses
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import timm
+from transfer import TASKS
 
 from glattn.benchmark.contestant import split_options
 from glattn.files import write_text
+from glattn.hub.card import model_card, read_record
+from glattn.hub.local_dir import save_config
 from glattn.listing import describe
+from glattn.models.weights import HUB
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
@@ -195,6 +204,65 @@ def ablation() -> str:
     return markdown(head, rows)
 
 
+def transferred() -> tuple[dict[tuple[str, str], dict[str, str]], list[dict[str, str]]]:
+    """Return the comparisons of transfer.py by task and other arm, and the runs at the rates that were chosen."""
+    compared, chosen = {}, []
+    for task in TASKS:
+        if (ROOT / "docs" / "results" / "transfer" / task / "comparisons.csv").exists():
+            compared |= {(task, row["other"]): row for row in read(f"transfer/{task}/comparisons.csv")}
+            chosen += [row for row in read(f"transfer/{task}/runs.csv") if row["chosen"] == "yes"]
+    return compared, chosen
+
+
+def transfer() -> str:
+    """Return the accuracy of each arm on each task after pretraining, and how far the first is above it."""
+    compared, chosen = transferred()
+    arms: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in chosen:
+        arms.setdefault((row["data"], row["model"]), []).append(row)
+    rows = []
+    for (task, arm), runs in arms.items():
+        model, _, start = arm.partition(":")
+        tests = [float(run["test_top1"]) for run in runs]
+        cells = [task, f"`{model}`", start, runs[0]["lr"], f"{sum(tests) / len(tests):.1f}"]
+        rows.append([*cells, ", ".join(f"{test:.1f}" for test in tests), *difference(compared.get((task, arm), {}))])
+    head = ("task", "model", "start", "lr", "top-1", "by seed", "the first arm less this", "95%", "")
+    return markdown(head, rows)
+
+
+def when_it_helps(model: str) -> str:
+    """Return, for a card, what a model gained by its weights on each task."""
+    compared, chosen = transferred()
+    rows = []
+    for (task, other), row in compared.items():
+        if (row["model"], other) == (f"{model}:pretrained", f"{model}:scratch"):
+            cells = [task]
+            for arm in (row["model"], other):
+                tests = [float(run["test_top1"]) for run in chosen if (run["data"], run["model"]) == (task, arm)]
+                cells.append(f"{sum(tests) / len(tests):.1f}")
+            rows.append([*cells, *difference(row)[:2]])
+    table = markdown(("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests"), rows)
+    return f"""They come with the package: `timm.create_model("{model}", pretrained=True)` needs no network. They saw
+pictures of 64 x 64 pixels; any other size works.
+
+## When it helps
+
+Top-1 after fine-tuning by one recipe, the rate chosen for each start (`scripts/transfer.py`, `docs/results.md`). Where
+the interval holds zero, no gain is shown; it is of resampled tests, and leaves out what another seed would change.
+
+{table}"""
+
+
+def card(name: str) -> str:
+    """Return the card of weights that the package carries, ``VARIANT.TAG``."""
+    record = read_record(ROOT / "docs" / "weights" / name)
+    model = timm.create_model(name, pretrained=True)
+    with tempfile.TemporaryDirectory() as folder:
+        config = save_config(model, Path(folder) / "config.json")
+    record = dataclasses.replace(record, notes=when_it_helps(name.partition(".")[0]))
+    return model_card(model, f"{HUB}/{name}", config, record)
+
+
 def measured() -> str:
     """Return docs/results.md with its tables filled."""
     text = (ROOT / "docs" / "results.md").read_text()
@@ -208,6 +276,7 @@ def measured() -> str:
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),
+        "transfer": transfer(),
     }
     for name, table in tables.items():
         text = fill(text, name, table)
@@ -227,6 +296,8 @@ def main() -> None:
     text = fill(fill(readme.read_text(), "sizes", sizes()), "variants", variants())
     write_text(readme, text)
     write_text(ROOT / "docs" / "results.md", measured())
+    for folder in sorted((ROOT / "docs" / "weights").iterdir()):
+        write_text(folder / "README.md", card(folder.name))
 
 
 if __name__ == "__main__":
