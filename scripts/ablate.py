@@ -70,9 +70,8 @@ def accuracy(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
     )
     if not proxies.run():
         print("time is up; the same command goes on")
-        proxies.args.models = [model for model in models if proxies.complete(model)]
     found = {row["other"]: row for row in proxies.compare()}
-    for model in proxies.args.models:
+    for model in proxies.done:
         tests = [float(row["test_top1"]) for row in proxies.chosen(model)]
         row = found.setdefault(model, dict.fromkeys(("points", "low", "high", "verdict"), ""))
         row |= {"test_top1": f"{sum(tests) / len(tests):.2f}", "seeds": str(len(tests)), "settings": proxies.settings}

@@ -204,43 +204,44 @@ def ablation() -> str:
     return markdown(head, rows)
 
 
-def transferred() -> tuple[dict[tuple[str, str], dict[str, str]], list[dict[str, str]]]:
-    """Return the comparisons of transfer.py by task and other arm, and the runs at the rates that were chosen."""
-    compared, chosen = {}, []
+def transferred() -> tuple[dict[tuple[str, str], dict[str, str]], dict[tuple[str, str], list[dict[str, str]]]]:
+    """Return what transfer.py found by task and arm: the comparison with the first arm; the runs at the chosen rate."""
+    compared: dict[tuple[str, str], dict[str, str]] = {}
+    arms: dict[tuple[str, str], list[dict[str, str]]] = {}
     for task in TASKS:
         if (ROOT / "docs" / "results" / "transfer" / task / "comparisons.csv").exists():
             compared |= {(task, row["other"]): row for row in read(f"transfer/{task}/comparisons.csv")}
-            chosen += [row for row in read(f"transfer/{task}/runs.csv") if row["chosen"] == "yes"]
-    return compared, chosen
+            for row in read(f"transfer/{task}/runs.csv"):
+                if row["chosen"] == "yes":
+                    arms.setdefault((task, row["model"]), []).append(row)
+    return compared, arms
+
+
+def mean_top1(runs: Sequence[dict[str, str]]) -> str:
+    """Return the mean of some runs' accuracies on the test."""
+    return f"{sum(float(run['test_top1']) for run in runs) / len(runs):.1f}"
 
 
 def transfer() -> str:
     """Return the accuracy of each arm on each task after pretraining, and how far the first is above it."""
-    compared, chosen = transferred()
-    arms: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in chosen:
-        arms.setdefault((row["data"], row["model"]), []).append(row)
+    compared, arms = transferred()
     rows = []
     for (task, arm), runs in arms.items():
         model, _, start = arm.partition(":")
-        tests = [float(run["test_top1"]) for run in runs]
-        cells = [task, f"`{model}`", start, runs[0]["lr"], f"{sum(tests) / len(tests):.1f}"]
-        rows.append([*cells, ", ".join(f"{test:.1f}" for test in tests), *difference(compared.get((task, arm), {}))])
+        seeds = ", ".join(f"{float(run['test_top1']):.1f}" for run in runs)
+        cells = [task, f"`{model}`", start, runs[0]["lr"], mean_top1(runs), seeds]
+        rows.append([*cells, *difference(compared.get((task, arm), {}))])
     head = ("task", "model", "start", "lr", "top-1", "by seed", "the first arm less this", "95%", "")
     return markdown(head, rows)
 
 
 def when_it_helps(model: str) -> str:
     """Return, for a card, what a model gained by its weights on each task."""
-    compared, chosen = transferred()
+    compared, arms = transferred()
     rows = []
     for (task, other), row in compared.items():
         if (row["model"], other) == (f"{model}:pretrained", f"{model}:scratch"):
-            cells = [task]
-            for arm in (row["model"], other):
-                tests = [float(run["test_top1"]) for run in chosen if (run["data"], run["model"]) == (task, arm)]
-                cells.append(f"{sum(tests) / len(tests):.1f}")
-            rows.append([*cells, *difference(row)[:2]])
+            rows.append([task, *(mean_top1(arms[task, arm]) for arm in (row["model"], other)), *difference(row)[:2]])
     table = markdown(("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests"), rows)
     return f"""They come with the package: `timm.create_model("{model}", pretrained=True)` needs no network. They saw
 pictures of 64 x 64 pixels; any other size works.

@@ -70,9 +70,8 @@ class Proxies:
                     return False
                 first.append(row)
             best = max(first, key=lambda row: (float(row["val_top1"]), -float(row["lr"])))
-            for row in self.rows:
-                if row["model"] == model and row["settings"] == self.settings:
-                    row["chosen"] = "yes" if row["lr"] == best["lr"] else "no"
+            for row in self.rows_of(model):
+                row["chosen"] = "yes" if row["lr"] == best["lr"] else "no"
             for seed in self.args.seeds[1:]:
                 row = self.one(model, float(best["lr"]), seed)
                 if row is None:
@@ -87,8 +86,8 @@ class Proxies:
 
     def one(self, model: str, lr: float, seed: int) -> Row | None:
         """Return a run's row, trained and tested unless it is there; None if the time is up."""
-        for row in self.rows:
-            if (row["model"], float(row["lr"]), int(row["seed"]), row["settings"]) == (model, lr, seed, self.settings):
+        for row in self.rows_of(model):
+            if (float(row["lr"]), int(row["seed"])) == (lr, seed):
                 return row
         if time.monotonic() >= self.end:
             return None
@@ -132,29 +131,34 @@ class Proxies:
         parts = [*re.findall(r"[\w.]+", model), f"{lr:g}", f"seed{seed}", *self.args.settings]
         return self.runs / "-".join(parts).replace("/", "_")
 
+    def rows_of(self, model: str) -> list[Row]:
+        """Return a model's rows by the recipe of this list."""
+        return [row for row in self.rows if (row["model"], row["settings"]) == (model, self.settings)]
+
     def chosen(self, model: str) -> list[Row]:
         """Return a model's rows at the lr that was chosen."""
-        mine = [
-            row for row in self.rows if (row["model"], row["settings"], row["chosen"]) == (model, self.settings, "yes")
-        ]
-        return [row for row in mine if int(row["seed"]) in self.args.seeds]
+        return [row for row in self.rows_of(model) if row["chosen"] == "yes" and int(row["seed"]) in self.args.seeds]
 
-    def complete(self, model: str) -> bool:
-        """Tell whether every rate and every seed of a model is done."""
-        tried = {float(r["lr"]) for r in self.rows if (r["model"], r["settings"]) == (model, self.settings)}
-        return len(self.chosen(model)) == len(self.args.seeds) and tried >= set(self.args.lr)
+    @property
+    def done(self) -> list[str]:
+        """The models that every rate and every seed is done of."""
+        return [
+            model
+            for model in self.args.models
+            if len(self.chosen(model)) == len(self.args.seeds)
+            and {float(row["lr"]) for row in self.rows_of(model)} >= set(self.args.lr)
+        ]
 
     def compare(self) -> list[Row]:
-        """Write and return the comparisons of the first model with each other one."""
+        """Write and return the comparisons of the first model with each other one, of those that are done."""
         found: list[Row] = []
-        if not self.args.models:
+        models = self.done
+        if not models or models[0] != self.args.models[0]:
             return found
-        runs = {
-            model: [unpack(row["answers"], self.images) for row in self.chosen(model)] for model in self.args.models
-        }
-        mine = self.args.models[0]
+        runs = {model: [unpack(row["answers"], self.images) for row in self.chosen(model)] for model in models}
+        mine, *others = models
         authors = authors_of(self.images)
-        for other in self.args.models[1:]:
+        for other in others:
             difference = compare(runs[mine], runs[other], authors)
             found.append({
                 "model": mine, "other": other, "seeds": str(len(runs[mine])),
@@ -244,7 +248,7 @@ def authors_of(images: list[str]) -> dict[str, str]:
     for path in sorted(manifest.FOLDER.glob("*.csv.gz")):
         known |= {f"{e.label}/{e.set}--{e.icon}.png": e.author for e in manifest.read(path) if e.split == "test"}
     unknown = [image for image in images if image not in known]
-    if known and unknown and len(unknown) < len(images):
+    if 0 < len(unknown) < len(images):
         raise ValueError(f"{len(unknown)} test images are in no manifest, such as {unknown[0]}; draw the images anew")
     found = {image: known.get(image, image) for image in images}
     return found if len(set(found.values())) > 1 else {image: image for image in images}

@@ -186,9 +186,7 @@ def main() -> int:
             transfer = Transfer(name, TASKS[name], args)
             if not transfer.run():
                 print("time is up; the same command goes on")
-            transfer.args.models = [arm for arm in args.arms if transfer.complete(arm)]
-            if transfer.args.models[:1] == args.arms[:1]:
-                transfer.compare()
+            transfer.compare()
         draw([row for name in TASKS for row in read_csv(args.out / name / "runs.csv")], args.out / "transfer.png")
     except (ValueError, OSError) as error:
         print(f"transfer: {error}", file=sys.stderr)

@@ -136,10 +136,10 @@ class Session:
             steps, rounds=self.settings.rounds, synchronize=synchronize, out_of_time=self.out_of_time, progress=progress
         )
         rate = product_macs / Spread.of(seconds[_PRODUCT]).median / 1e9
-        faster: dict[str, tuple[str, str]] = {}
-        for entry in ready:
-            best = faster.setdefault(entry[0], entry)
-            faster[entry[0]] = min(best, entry, key=lambda each: Spread.of(seconds[each]).median)
+        median = {entry: Spread.of(seconds[entry]).median for entry in ready}
+        faster = {
+            name: min((entry for entry in ready if entry[0] == name), key=median.__getitem__) for name, _ in ready
+        }
         result = []
         for name in names:
             row = self._head(name, case)
