@@ -13,6 +13,7 @@ from glattn.benchmark.contestant import Case, create, prepare
 from glattn.benchmark.cost import count_macs, measure_growth
 from glattn.benchmark.folding import fold
 from glattn.benchmark.peers import PEERS, SIZES, of_size
+from glattn.benchmark.probe import survived
 from glattn.benchmark.timing import Spread, take_turns
 from glattn.cli import main
 
@@ -288,3 +289,32 @@ def test_compiled_steps_run():
     for task in ("infer", "train"):
         for ready in prepare("test_resnet", Case(task, "fp32", "compile", 1, 32), CPU):
             ready.step()
+
+
+def test_a_format_that_ends_the_process_is_left_out(tmp_path):
+    """Some torch aborts in the backward pass of fastvit in NHWC: the row is of NCHW then, and the run goes on."""
+    arguments = ["fastvit_t8", "test_resnet", "--task", "train", "--out", str(tmp_path)]
+    assert main(["benchmark", *arguments, "--batch", "1", "--pixels", "64", "--rounds", "1", "--threads", "1"]) == 0
+    for row in _rows(tmp_path):
+        assert row["error"] == ""
+        assert row["memory_format"] in survived(row["model"], Case("train", "fp32", "eager", 1, 64))
+
+
+@pytest.mark.parametrize(
+    ("fatal", "left"), [((), ["NCHW", "NHWC"]), (("NHWC",), ["NCHW"]), (("NCHW",), ["NHWC"]), (("NCHW", "NHWC"), [])]
+)
+def test_formats_are_probed_in_processes_of_their_own(fatal, left, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import sys
+if sys.orig_argv[1:3] == ["-m", "glattn.benchmark.probe"]:
+    import os
+    from glattn.benchmark import contestant
+    real = contestant.make_step
+    def make_step(model, image, case, device, memory_format):
+        if memory_format in {fatal}:
+            os.abort()
+        raise ValueError("an exception is survived")
+    contestant.make_step = make_step
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert survived("test_resnet", Case("train", "fp32", "eager", 1, 64)) == left

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,7 +101,9 @@ def create(name: str, pixels: int) -> nn.Module:
     return timm.create_model(name, num_classes=1000, **options)  # some are of ImageNet-22k by default
 
 
-def prepare(name: str, case: Case, device: torch.device) -> Iterator[Contestant]:
+def prepare(
+    name: str, case: Case, device: torch.device, formats: Iterable[str] = tuple(FORMATS)
+) -> Iterator[Contestant]:
     """Yield a model ready for a case, in one memory format after the other; what it cannot do is raised as it comes."""
     torch.manual_seed(0)
     training = case.task == "train"
@@ -112,8 +114,8 @@ def prepare(name: str, case: Case, device: torch.device) -> Iterator[Contestant]
         model, folded = fold(model, image[:1])
     macs = count_macs(model.eval(), (1, *image.shape[1:])) * (3 if training else 1)
     model = model.to(device, DTYPES["fp32"] if training else DTYPES[case.precision])
-    for memory_format, kind in FORMATS.items():
-        trial = copy.deepcopy(model).to(memory_format=kind)
+    for memory_format in formats:
+        trial = copy.deepcopy(model).to(memory_format=FORMATS[memory_format])
         step, optimizer = make_step(trial, image, case, device, memory_format)
         held = partial(count_bytes, trial, optimizer)
         yield Contestant(step, parameters, macs, held, folded, memory_format)

@@ -12,7 +12,7 @@ from glattn.files import write_text
 Row = dict[str, str]
 
 FIELDS = (
-    "model", "size_class", "published_top1", "published_pixels",
+    "model", "size_class", "published_top1", "published_pixels", "published_source",
     "task", "precision", "engine", "batch", "pixels",
     "memory_format", "folded", "params_m", "gmacs",
     "images_per_second", "images_per_second_low", "images_per_second_high", "milliseconds", "rounds", "repeats",

@@ -1,0 +1,46 @@
+"""Which memory formats a model's step survives: torch ends the whole process in some, and raises nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+
+import torch
+
+import glattn  # noqa: F401 (registers the family)
+from glattn.benchmark.contestant import FORMATS, Case, prepare
+
+
+def survived(name: str, case: Case) -> list[str]:
+    """Return the memory formats in which processes of their own took a model's step and lived, on the CPU.
+
+    A step that raises is survived: whoever takes it meets the exception.
+    """
+    eager = dataclasses.asdict(dataclasses.replace(case, engine="eager"))
+    left, found = list(FORMATS), []
+    while left:
+        order = json.dumps([name, eager, torch.get_num_threads(), left])
+        command = [sys.executable, "-m", __name__, order]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+        passed = [word for word in done.stdout.split() if word in left]
+        found += passed
+        left = left[len(passed) + 1 :]  # the next one ended the process
+    return found
+
+
+def main() -> None:
+    """Print the name of each memory format that is asked for, after a step in it."""
+    name, case, threads, formats = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
+    for memory_format in formats:
+        with contextlib.suppress(Exception):
+            for contestant in prepare(name, Case(**case), torch.device("cpu"), [memory_format]):
+                contestant.step()
+        print(memory_format, flush=True)
+
+
+if __name__ == "__main__":
+    main()
