@@ -1,4 +1,4 @@
-"""Put a run's best weights into the package, matrices and kernels in fp16, and the run's record into docs/weights/.
+"""Put a run's best weights into the package, ready to start from and in fp16, and the run's record into docs/weights/.
 
     glattn pretrain --run runs/fractals && python scripts/make_weights.py runs/fractals && make tables
 
@@ -14,8 +14,10 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 import glattn
+from glattn.benchmark.folding import observe
 from glattn.files import replacing, write_text
 from glattn.models.weights import save_weights
 from glattn.training.fractals import HELD_OUT
@@ -26,7 +28,41 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ("config.yaml", "environment.json", "metrics.csv", "curve.png")
 
 
-def measure(model: torch.nn.Module) -> dict[str, Any]:
+def start(run: Path) -> nn.Module:
+    """Return a pretraining's best model as others start from it: the same function of smaller kernels.
+
+    In front of a batch norm a kernel's size is free. It grows in training, and a rate that turns small kernels hardly
+    turns large ones (arXiv:1706.05350).
+    """
+    trained = glattn.create_model(f"local-dir:{run / 'best'}", pretrained=True).eval()
+    torch.manual_seed(0)
+    fresh = glattn.create_model(f"local-dir:{run / 'best'}")
+    shrink(trained, fresh)
+    return trained
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, fresh: nn.Module) -> None:
+    """Scale kernels in front of a batch norm down to their size in a fresh model; outputs stay as they are."""
+    for conv_name, norm_name in observe(model, torch.zeros(1, 3, 64, 64)):
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        first = fresh.get_submodule(conv_name)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = first.weight.norm() / conv.weight.norm()
+        if conv.bias is None and scale < 1:
+            before = (norm.running_var + norm.eps).sqrt()
+            conv.weight *= scale
+            norm.running_mean *= scale
+            norm.running_var *= scale**2
+            # eps is not scaled
+            norm.weight *= (norm.running_var + norm.eps).sqrt() / (scale * before)
+
+
+def measure(model: nn.Module) -> dict[str, Any]:
     """Return what a model knows of the held-out fractals."""
     source = FractalSource.of(HELD_OUT, fixed=True, side=64)
     config = {**timm.data.resolve_model_data_config(model), "input_size": (3, 64, 64)}
@@ -42,7 +78,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="run folder of `glattn pretrain`")
     args = parser.parse_args()
     try:
-        model = glattn.create_model(f"local-dir:{args.run / 'best'}", pretrained=True)
+        model = start(args.run)
         name = model.pretrained_cfg["architecture"]
         cfg = timm.get_pretrained_cfg(name)
         if cfg is None or not cfg.file:

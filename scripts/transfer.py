@@ -3,7 +3,7 @@
     python scripts/transfer.py glattn_atto:pretrained glattn_atto:scratch
 
 An arm is MODEL:START, START being scratch, pretrained (the weights that the model comes with) or a run folder of
-`glattn pretrain`; MODEL:scratch*10 trains ten times as long. The first is compared with the others. lr is chosen for
+`glattn pretrain`, whose weights are made ready as ours are (make_weights.py); MODEL:scratch*10 trains ten times as long. The first is compared with the others. lr is chosen for
 each arm on val/, by its first seed; the test is seen once by the best checkpoint of each run. A killed list goes on.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import make_weights
 import numpy as np
 import timm
 from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ from run_proxies import Proxies, Row, read_csv
 
 import glattn  # noqa: F401
 from glattn.files import new_folder, write_text
+from glattn.models.weights import save_weights
 from glattn.training.digits import write_digits
 from glattn.training.figures import save_figure
 
@@ -119,9 +121,11 @@ def start_file(arm: str) -> Path | None:
         return Path(cfg.file) if cfg is not None and cfg.file else None
     if start == "scratch":
         return None
-    path = Path(start) / "best" / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{arm}: no {path}; is {start} a run folder of `glattn pretrain`?")
+    best, path = Path(start) / "best" / "model.safetensors", Path(start) / "start.safetensors"
+    if not best.is_file():
+        raise FileNotFoundError(f"{arm}: no {best}; is {start} a run folder of `glattn pretrain`?")
+    if not path.exists():
+        save_weights(make_weights.start(Path(start)), path)
     return path
 
 

@@ -10,8 +10,10 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from glattn.layers.conv import BatchNorm2d
+
 _CONVS = (nn.Conv2d, Conv2dSame)
-_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
+_NORMS = (nn.BatchNorm2d, BatchNormAct2d, BatchNorm2d)
 
 
 def _settle(model: nn.Module) -> None:
@@ -26,8 +28,8 @@ def _settle(model: nn.Module) -> None:
                     module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
 
 
-def _observe(model: nn.Module, image: Tensor) -> list[tuple[str, str]]:
-    """Return names of (convolution, batch norm) where the norm's input is that convolution's own output."""
+def observe(model: nn.Module, image: Tensor) -> list[tuple[str, str]]:
+    """Return names of (convolution, batch norm) where a model in evaluation mode feeds one's output to the other."""
     convs = {name: m for name, m in model.named_modules() if type(m) in _CONVS}
     norms = {name: m for name, m in model.named_modules() if type(m) in _NORMS and not m.training}
     made: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors: an id is not used again
@@ -76,7 +78,7 @@ def fold(model: nn.Module, image: Tensor) -> tuple[nn.Module, str]:
     own = reparameterize_model(model).eval()  # modules that it makes are in training mode
     if not _same(expected, own(image)):
         own = model
-    folded = _fold_agreeing(own, _observe(own, image), image, expected)
+    folded = _fold_agreeing(own, observe(own, image), image, expected)
     left = sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     return folded, f"{total - left} of {total} batch norms" if total else "none to fold"
 
