@@ -244,7 +244,8 @@ def when_it_helps(model: str) -> str:
             rows.append([task, *(mean_top1(arms[task, arm]) for arm in (row["model"], other)), *difference(row)[:2]])
     table = markdown(("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests"), rows)
     return f"""They come with the package: `timm.create_model("{model}", pretrained=True)` needs no network. They saw
-pictures of 64 x 64 pixels; any other size works.
+pictures of 64 x 64 pixels; any other size works. After training, kernels in front of a batch norm were scaled down to
+the size of a new model's, which changes no output: the rates that train a new model then move them as far.
 
 ## When it helps
 

@@ -3,8 +3,9 @@
     python scripts/transfer.py glattn_atto:pretrained glattn_atto:scratch
 
 An arm is MODEL:START, START being scratch, pretrained (the weights that the model comes with) or a run folder of
-`glattn pretrain`, whose weights are made ready as ours are (make_weights.py); MODEL:scratch*10 trains ten times as long. The first is compared with the others. lr is chosen for
-each arm on val/, by its first seed; the test is seen once by the best checkpoint of each run. A killed list goes on.
+`glattn pretrain`, whose weights are made ready as the package's are (make_weights.py); MODEL:scratch*10 trains ten
+times as long. The first is compared with the others. lr is chosen for each arm on val/, by its first seed; the test is
+seen once by the best checkpoint of each run. A killed list goes on.
 """
 
 import argparse
@@ -66,12 +67,15 @@ class Transfer(Proxies):
         self.check_starts()
 
     def check_starts(self) -> None:
-        """Note the files that the arms start from, and raise if runs of theirs began with other ones."""
+        """Make and note the files that the arms start from; raise if runs of theirs began with other ones."""
         path = self.out / "starts.json"
         noted = json.loads(path.read_text()) if path.exists() else {}
         for arm in self.args.models:
+            start = split_arm(arm)[1]
             file = start_file(arm)
             if file is not None:
+                if start != "pretrained":
+                    save_weights(make_weights.start(Path(start)), file)
                 digest = hashlib.sha256(file.read_bytes()).hexdigest()
                 if noted.setdefault(arm, digest) != digest:
                     raise ValueError(f"{self.out}: its runs of {arm} began with other weights; remove them")
@@ -114,7 +118,7 @@ def split_arm(arm: str) -> tuple[str, str, int]:
 
 
 def start_file(arm: str) -> Path | None:
-    """Return the file of weights that an arm starts from; None from scratch, or if it is the Hub's."""
+    """Return the file of weights that an arm starts from, made or not yet; None from scratch, or if the Hub's."""
     model, start, _ = split_arm(arm)
     if start == "pretrained":
         cfg = timm.get_pretrained_cfg(model)
@@ -124,8 +128,6 @@ def start_file(arm: str) -> Path | None:
     best, path = Path(start) / "best" / "model.safetensors", Path(start) / "start.safetensors"
     if not best.is_file():
         raise FileNotFoundError(f"{arm}: no {best}; is {start} a run folder of `glattn pretrain`?")
-    if not path.exists():
-        save_weights(make_weights.start(Path(start)), path)
     return path
 
 

@@ -5,13 +5,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import compare_runs
+import make_weights
 import run_proxies
 import transfer
 
+from glattn.training.checkpoint import export
 from glattn.training.config import TrainConfig
 
 
@@ -53,6 +57,35 @@ def test_what_has_no_test_of_its_own_is_tested_on_what_was_held_out(tmp_path):
     assert len(few["train"]) == 4
 
 
+def pretrained(run: Path) -> torch.nn.Module:
+    """Write a run's best model, whose kernels have grown; return it."""
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.rand(()) + (2 if parameter.ndim > 1 else 0.5))
+        for buffer in model.buffers():
+            if buffer.ndim:
+                buffer.copy_(torch.rand_like(buffer) + 0.1)
+    config = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+    export(
+        model, run / "best", class_names=("a", "b", "c"), data_config={**config, "crop_pct": 1.0}, metrics={"top1": 1}
+    )
+    return model
+
+
+def test_a_start_is_the_same_function_of_smaller_kernels(tmp_path):
+    model = pretrained(tmp_path / "run")
+    started = make_weights.start(tmp_path / "run")
+    image = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(started(image), model(image), rtol=1e-4, atol=1e-4)
+    sizes = {name: p.norm() for name, p in started.named_parameters() if p.ndim == 4}
+    grown = dict(model.named_parameters())
+    assert len(sizes) > 5
+    assert all(size < 0.9 * grown[name].norm() for name, size in sizes.items())
+    make_weights.shrink(started, started)
+    assert all(p.norm() == sizes[name] for name, p in started.named_parameters() if p.ndim == 4)
+
+
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     """Make a task of two classes, and pretend to train: what starts from weights is right more often."""
@@ -60,8 +93,7 @@ def trained(tmp_path, monkeypatch):
     source = drawings(tmp_path / "icons", "train", "val", "test")
     task = transfer.Task(str(source), 2, (0, 1), ("epochs=3",))
     monkeypatch.setattr(transfer, "TASKS", {"two": task})
-    (tmp_path / "resnet18" / "best").mkdir(parents=True)
-    (tmp_path / "resnet18" / "best" / "model.safetensors").write_bytes(b"weights")
+    pretrained(tmp_path / "resnet")
     monkeypatch.chdir(tmp_path)
     images = sorted(f"{path.parent.name}/{path.name}" for path in (source / "test").rglob("*.png"))
 
@@ -88,7 +120,7 @@ def trained(tmp_path, monkeypatch):
     return main, commands, tmp_path
 
 
-ARMS = ("test_glattn:pretrained", "test_glattn:scratch", "resnet18:resnet18", "test_glattn:scratch*10")
+ARMS = ("test_glattn:pretrained", "test_glattn:scratch", "test_resnet:resnet", "test_glattn:scratch*10")
 
 
 def test_each_arm_starts_as_it_says_and_is_compared_with_the_first(trained, capsys):
@@ -98,7 +130,7 @@ def test_each_arm_starts_as_it_says_and_is_compared_with_the_first(trained, caps
     ends = {arm: commands[3 * place] for place, arm in enumerate(ARMS)}
     assert "pretrained=true" in ends[ARMS[0]]
     assert not {"pretrained=true", "epochs=30"} & set(ends[ARMS[1]])
-    assert {"model=resnet18", "checkpoint=resnet18/best/model.safetensors"} <= set(ends[ARMS[2]])
+    assert {"model=test_resnet", "checkpoint=resnet/start.safetensors"} <= set(ends[ARMS[2]])
     assert ends[ARMS[3]].index("epochs=30") > ends[ARMS[3]].index("epochs=3")  # the last one counts
     compared = {row["other"]: row for row in run_proxies.read_csv(root / "out" / "two" / "comparisons.csv")}
     assert {arm: row["points"] for arm, row in compared.items()} == {
@@ -146,7 +178,7 @@ def test_what_is_no_arm_is_said(trained, arm, capsys):
 def test_runs_that_began_with_other_weights_are_not_mixed(trained, capsys):
     main, _, root = trained
     assert main(ARMS[2]) == 0
-    (root / "resnet18" / "best" / "model.safetensors").write_bytes(b"others")
+    pretrained(root / "resnet")
     assert main(ARMS[2]) == 1
     error = capsys.readouterr().err
     assert "other weights" in error

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import glattn
+from glattn.benchmark.folding import observe
 from glattn.hub import push
 from glattn.hub.card import read_record
 from glattn.models.weights import HUB, check_digest, source_overlay
@@ -87,6 +88,15 @@ def test_they_are_small_and_whole():
     assert kinds == {torch.float16}
 
 
+def test_no_rate_is_too_low_for_them():
+    """In front of a batch norm no kernel is larger than a new model's: one step turns both as far."""
+    ours, new = (timm.create_model("glattn_atto", pretrained=given).eval() for given in (True, False))
+    pairs = observe(ours, torch.zeros(1, 3, 64, 64))
+    assert len(pairs) > 70
+    for conv, _ in pairs:
+        assert ours.get_submodule(conv).weight.norm() < 1.2 * new.get_submodule(conv).weight.norm(), conv
+
+
 def test_they_know_fractals_that_they_have_not_seen():
     model = timm.create_model("glattn_atto", pretrained=True).eval()
     source = FractalSource.of(400, fixed=True, side=64)
@@ -142,7 +152,8 @@ SOURCES = {
 def test_the_users_source_comes_before_them(create, source, hub_client, tmp_path):
     same = hub_client.run(f"""
         import timm, torch, glattn
-        from glattn.hub import push
+        from glattn.benchmark.folding import observe
+from glattn.hub import push
         mine = timm.create_model("glattn_atto", num_classes=3)
         folder = push(mine, "org/mine", dry_run={str(tmp_path)!r})
         torch.hub.set_dir({str(tmp_path / "cache")!r})
