@@ -22,6 +22,8 @@ from glattn.models.weights import HUB
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
+# folders of what run_proxies.py wrote, and the size that is compared there
+DRAWINGS = {"icons100": ("icons100", "atto")}
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
 
@@ -166,23 +168,25 @@ def deployment() -> str:
     return markdown(["runtime", *cases, "largest difference"], rows)
 
 
-def drawings(data: str) -> str:
-    """Return each model's accuracy on drawings, and how far ours is above it."""
+def drawings(folder: str, size: str) -> str:
+    """Return each model's accuracy on drawings, and how far ours of that size is above it."""
     by_model: dict[str, list[dict[str, str]]] = {}
-    for row in read(f"{data}/runs.csv"):
+    for row in read(f"{folder}/runs.csv"):
         if row["chosen"] != "no":  # empty: not all runs of the model are done
             by_model.setdefault(row["model"], []).append(row)
-    compared = {row["other"]: row for row in read(f"{data}/comparisons.csv")}
+    compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv")}
     speeds = {
         row["model"]: row["ratio"]
-        for row in read("speed-atto/rows.csv")
+        for row in read(f"speed-{size}/rows.csv")
         if (row["task"], row["batch"]) == ("infer", "8")
     }
-    head = ("model", "parameters (M)", "speed at 224", "lr", "top-1 by seed", "`glattn_atto` less this", "95%", "")
+    mine = f"glattn_{size}"
+    head = ("model", "parameters (M)", "speed at 224", "lr", "top-1 by seed", f"`{mine}` less this", "95%", "")
     rows = []
-    for name, runs in by_model.items():
-        speed_there = f"{float(speeds[name]):.2f}" if name in speeds else ""
-        cells = [f"`{name}`", f"{float(runs[0]['parameters']) / 1e6:.1f}", speed_there, runs[0]["lr"]]
+    for name, runs in sorted(by_model.items(), key=lambda item: -float(speeds.get(item[0]) or 0)):
+        bold = "**" if name == mine else ""
+        speed_there = f"{float(speeds[name]):.2f}" if speeds.get(name) else ""
+        cells = [f"{bold}`{name}`{bold}", f"{float(runs[0]['parameters']) / 1e6:.1f}", speed_there, runs[0]["lr"]]
         cells.append(", ".join(f"{float(run['test_top1']):.1f}" for run in runs))
         cells += difference(compared.get(name, {}))
         if not runs[0]["chosen"]:
@@ -274,7 +278,7 @@ def measured() -> str:
         "scaling": scaling(),
         "deployment": deployment(),
         "modes": modes(),
-        "icons100": drawings("icons100"),
+        **{name: drawings(*place) for name, place in DRAWINGS.items()},
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),
