@@ -1,13 +1,15 @@
 """Convolutions whose BatchNorm folds away: the only normalisation of the family (folding: RepVGG, arXiv:2101.03697)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+_FEW_CELLS: Final = 1024  # of a batch
 
 
 @torch.fx.wrap
@@ -41,6 +43,27 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
+@torch.fx.wrap
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution; on the CPU, of few cells in channels_last memory, as the matrix product that it is.
+
+    There oneDNN's convolution takes up to twice as long, for it reorders the weights at every call.
+    """
+    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        few = x.shape[0] * x.shape[2] * x.shape[3] <= _FEW_CELLS
+        if few and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias)
+
+
+class Pointwise(nn.Conv2d):
+    """torch's Conv2d of kernel size 1, computed by `pointwise`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """Return the convolved ``(B, C, H, W)`` map."""
+        return pointwise(input, self.weight, self.bias)
+
+
 class ConvNorm(nn.Module):
     """``BatchNorm(conv(x))``, with "same" padding: ``(B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))``.
 
@@ -65,7 +88,8 @@ class ConvNorm(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
+        kind = Pointwise if kernel_size == stride == groups == 1 else nn.Conv2d
+        self.conv = kind(
             in_channels,
             out_channels,
             kernel_size,
@@ -149,7 +173,7 @@ def folded(branch: nn.Module) -> tuple[Tensor, Tensor]:
 
 def like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     """Return a convolution with ``conv``'s geometry, memory format and mode, and the given weight and bias."""
-    out = nn.Conv2d(
+    out = type(conv)(
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,

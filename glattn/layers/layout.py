@@ -205,7 +205,7 @@ class Full(nn.Module):
 
     def restore(self, tokens: Tensor, batch: int, height: int, width: int) -> Tensor:
         """Return the queries' map, ``(groups, queries, C) -> (B, C, H, W)``, channels_last."""
-        return tokens.transpose(1, 2).reshape(batch, tokens.shape[2], height, width)
+        return tokens.reshape(batch, height, width, tokens.shape[2]).permute(0, 3, 1, 2)
 
 
 class Window(nn.Module):
