@@ -12,8 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from glattn.layers import TABLES, GlobalLocalAttention, ImprovedLocalAttention, MultiScaleConv
+from glattn.config import MixerConfig
+from glattn.layers import (
+    TABLES,
+    GlobalLocalAttention,
+    ImprovedLocalAttention,
+    MultiHeadGlobalAttention,
+    MultiScaleConv,
+)
 from glattn.layers.augmented import AugmentedConv, offset_embedding, relative_logits
+from glattn.layers.conv import Pointwise
 
 DIM = 16
 GROUPS = ["depthwise", "dense", 4]
@@ -320,3 +328,29 @@ def test_a_model_of_any_fusion_local_branch_and_context_folds(local, fusion, con
     x = torch.randn(2, 3, 65, 34, dtype=torch.float64)
     with torch.no_grad():
         close(reparameterize_model(model)(x), model(x))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("cells", [(1, 1, 1), (2, 3, 5), (3, 32, 40)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_pointwise_convolution_is_torchs(cells, bias, memory_format):
+    conv = Pointwise(6, 10, 1, bias=bias).to(memory_format=memory_format)
+    x = torch.randn(cells[0], 6, *cells[1:]).to(memory_format=memory_format).requires_grad_()
+    y = conv(x)
+    expected = F.conv2d(x, conv.weight, conv.bias)
+    torch.testing.assert_close(y, expected)
+    assert y.is_contiguous(memory_format=memory_format)
+    loss = torch.randn_like(y)
+    for mine, theirs in zip(
+        torch.autograd.grad((y * loss).sum(), [x, *conv.parameters()]),
+        torch.autograd.grad((expected * loss).sum(), [x, *conv.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_an_attended_map_of_one_image_is_resized_in_its_memory_format():
+    attn = MultiHeadGlobalAttention(32, config=MixerConfig(layout="full", head_dim=16)).eval()
+    with torch.no_grad():
+        small = attn.groups[0](*(torch.randn(1, 32, 7, 7).to(memory_format=torch.channels_last) for _ in range(3)))
+    assert F.interpolate(small, (14, 14), mode="bilinear").is_contiguous(memory_format=torch.channels_last)

@@ -152,8 +152,7 @@ SOURCES = {
 def test_the_users_source_comes_before_them(create, source, hub_client, tmp_path):
     same = hub_client.run(f"""
         import timm, torch, glattn
-        from glattn.benchmark.folding import observe
-from glattn.hub import push
+        from glattn.hub import push
         mine = timm.create_model("glattn_atto", num_classes=3)
         folder = push(mine, "org/mine", dry_run={str(tmp_path)!r})
         torch.hub.set_dir({str(tmp_path / "cache")!r})

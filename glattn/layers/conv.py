@@ -1,15 +1,13 @@
 """Convolutions whose BatchNorm folds away: the only normalisation of the family (folding: RepVGG, arXiv:2101.03697)."""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-
-_FEW_CELLS: Final = 1024  # of a batch
 
 
 @torch.fx.wrap
@@ -44,14 +42,15 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 @torch.fx.wrap
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, few: int = 1024) -> Tensor:
     """A 1x1 convolution; on the CPU, of few cells in channels_last memory, as the matrix product that it is.
 
-    There oneDNN's convolution takes up to twice as long, for it reorders the weights at every call.
+    There the convolution takes up to twice as long, and eight times as long on a map of one cell. `few` is of the
+    whole batch.
     """
     if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-        few = x.shape[0] * x.shape[2] * x.shape[3] <= _FEW_CELLS
-        if few and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
+        cells = x.shape[0] * x.shape[2] * x.shape[3]
+        if cells <= few and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias)
 
