@@ -230,7 +230,9 @@ def transfer() -> str:
     """Return the accuracy of each arm on each task after pretraining, and how far the first is above it."""
     compared, arms = transferred()
     rows = []
-    for (task, arm), runs in arms.items():
+    for (task, arm), runs in sorted(
+        arms.items(), key=lambda item: (list(TASKS).index(item[0][0]), item[0] in compared)
+    ):
         model, _, start = arm.partition(":")
         seeds = ", ".join(f"{float(run['test_top1']):.1f}" for run in runs)
         cells = [task, f"`{model}`", start, runs[0]["lr"], mean_top1(runs), seeds]

@@ -165,6 +165,18 @@ def test_the_folded_default_is_one_attention_call_a_block(monkeypatch):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("act_layer", ["hardswish", "relu", "gelu"])
+def test_activations_are_in_place_where_training_copies_nothing_for_it(act_layer):
+    model = timm.create_model("test_glattn", act_layer=act_layer)
+    x = torch.randn(1, 3, 64, 64)
+    with Copies() as copies:
+        model(x).sum().backward()
+    hidden = model.stages[0].blocks[0].mlp.fc1.conv.out_channels
+    assert (1, hidden) not in [tuple(shape[:2]) for _, shape in copies.seen]
+    folded = reparameterize_model(model.eval())
+    assert getattr(folded.stages[0].blocks[0].mlp.act, "inplace", act_layer == "gelu")
+
+
 def test_memory_format_is_kept_and_nothing_is_copied():
     model = timm.create_model("test_glattn").eval().to(memory_format=torch.channels_last)
     model = reparameterize_model(model)

@@ -77,7 +77,8 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, *, hidden_dim: int, act_layer: str, **factory: Any) -> None:
         super().__init__()
         self.fc1 = ConvNorm(dim, hidden_dim, **factory)
-        self.act = create_act_layer(act_layer, inplace=True)
+        # in place, autograd would copy what others than ReLU were given; folding makes them so
+        self.act = create_act_layer(act_layer, inplace=act_layer == "relu")
         self.fc2 = ConvNorm(hidden_dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,9 +122,11 @@ class GlobalLocalBlock(nn.Module):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Fold the layer scales into the convolutions before them, in place."""
+        """Fold the layer scales into the convolutions before them, and activate in place."""
         if isinstance(self.ls1, LayerScale2d):
             scale_output(self.mixer.proj, self.ls1.gamma)
         if isinstance(self.ls2, LayerScale2d):
             scale_output(self.mlp.fc2, self.ls2.gamma)
         self.ls1, self.ls2 = nn.Identity(), nn.Identity()
+        if hasattr(self.mlp.act, "inplace"):
+            self.mlp.act.inplace = True
