@@ -23,7 +23,7 @@ from glattn.models.weights import HUB
 ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
 # folders of what run_proxies.py wrote, and the size that is compared there
-DRAWINGS = {"icons100": ("icons100", "atto")}
+DRAWINGS = {"icons100": ("icons100", "atto"), "emoji": ("emoji", "atto")}
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
 
