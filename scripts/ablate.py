@@ -68,8 +68,7 @@ def accuracy(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
     proxies = run_proxies.Proxies(
         SimpleNamespace(**settings, runs=args.runs, out=args.out, minutes=args.minutes, settings=args.settings)
     )
-    if not proxies.run():
-        print("time is up; the same command goes on")
+    proxies.run()
     found = {row["other"]: row for row in proxies.compare()}
     for model in proxies.done:
         tests = [float(row["test_top1"]) for row in proxies.chosen(model)]
@@ -119,13 +118,10 @@ def main() -> int:
     parser.add_argument("--model", default="glattn_atto", help="whose mechanisms are switched (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=list(DESIGNS)[1:], help="mechanisms (default: all)")
     parser.add_argument("--data", type=Path, default=Path("data/icons100"), help="folder with train, val, test")
-    parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"))
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="begin no training after this time; the same command goes on")
     parser.add_argument("--rounds", type=int, default=7, help="of the benchmark (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/ablation"), help="folder (%(default)s)")
+    run_proxies.add_list_arguments(parser, runs="runs/ablation", out="docs/results/ablation")
     args = parser.parse_args()
     kinds = ["default", *args.only] if args.only else list(DESIGNS)
     # the first of each mechanism, then the second: a short run says something of all

@@ -47,6 +47,16 @@ def difference(row: dict[str, str]) -> list[str]:
     return [points, f"{low} to {high}", row["verdict"]]
 
 
+def top1_by_seed(runs: Sequence[dict[str, str]]) -> str:
+    """Return some runs' accuracies on the test."""
+    return ", ".join(f"{float(run['test_top1']):.1f}" for run in runs)
+
+
+def mean_top1(runs: Sequence[dict[str, str]]) -> str:
+    """Return the mean of some runs' accuracies on the test."""
+    return f"{sum(float(run['test_top1']) for run in runs) / len(runs):.1f}"
+
+
 def sizes() -> str:
     rows = []
     for size in CONVNEXT:
@@ -136,9 +146,9 @@ def widths() -> str:
     found: dict[str, dict[str, dict[str, str]]] = {}
     for row in read("widths/rows.csv"):
         found.setdefault(row["model"], {})[row["batch"]] = row
-    accuracies: dict[str, list[str]] = {}
+    accuracies: dict[str, list[dict[str, str]]] = {}
     for row in read("widths/icons100.csv"):
-        accuracies.setdefault(row["model"].translate(str.maketrans("[]", "()")), []).append(row["test_top1"])
+        accuracies.setdefault(row["model"].translate(str.maketrans("[]", "()")), []).append(row)
     head = ("size", "widths", "depths", "parameters (M)", "GMACs", "batch 1", "batch 8", "icons100, by seed")
     rows = []
     for name, batches in found.items():
@@ -150,7 +160,7 @@ def widths() -> str:
             for batch, row in batches.items():
                 base = float(found[f"convnext_{size}"][batch]["images_per_second"])
                 cells.append(f"{float(row['images_per_second']) / base:.2f}")
-            cells.append(", ".join(f"{float(top1):.1f}" for top1 in accuracies.get(name, [])))
+            cells.append(top1_by_seed(accuracies.get(name, [])))
             rows.append(cells)
     return markdown(head, rows)
 
@@ -187,8 +197,7 @@ def drawings(folder: str, size: str) -> str:
         bold = "**" if name == mine else ""
         speed_there = f"{float(speeds[name]):.2f}" if speeds.get(name) else ""
         cells = [f"{bold}`{name}`{bold}", f"{float(runs[0]['parameters']) / 1e6:.1f}", speed_there, runs[0]["lr"]]
-        cells.append(", ".join(f"{float(run['test_top1']):.1f}" for run in runs))
-        cells += difference(compared.get(name, {}))
+        cells += [top1_by_seed(runs), *difference(compared.get(name, {}))]
         if not runs[0]["chosen"]:
             cells[-1] = "runs missing"
         rows.append(cells)
@@ -221,11 +230,6 @@ def transferred() -> tuple[dict[tuple[str, str], dict[str, str]], dict[tuple[str
     return compared, arms
 
 
-def mean_top1(runs: Sequence[dict[str, str]]) -> str:
-    """Return the mean of some runs' accuracies on the test."""
-    return f"{sum(float(run['test_top1']) for run in runs) / len(runs):.1f}"
-
-
 def transfer() -> str:
     """Return the accuracy of each arm on each task after pretraining, and how far the first is above it."""
     compared, arms = transferred()
@@ -234,8 +238,7 @@ def transfer() -> str:
         arms.items(), key=lambda item: (list(TASKS).index(item[0][0]), item[0] in compared)
     ):
         model, _, start = arm.partition(":")
-        seeds = ", ".join(f"{float(run['test_top1']):.1f}" for run in runs)
-        cells = [task, f"`{model}`", start, runs[0]["lr"], mean_top1(runs), seeds]
+        cells = [task, f"`{model}`", start, runs[0]["lr"], mean_top1(runs), top1_by_seed(runs)]
         rows.append([*cells, *difference(compared.get((task, arm), {}))])
     head = ("task", "model", "start", "lr", "top-1", "by seed", "the first arm less this", "95%", "")
     return markdown(head, rows)

@@ -90,6 +90,7 @@ class Proxies:
             if (float(row["lr"]), int(row["seed"])) == (lr, seed):
                 return row
         if time.monotonic() >= self.end:
+            print("time is up; the same command goes on")
             return None
         folder, data = self.folder(model, lr, seed), self.chosen_data(seed)
         print(f"{model} lr {lr:g} seed {seed}", flush=True)
@@ -254,6 +255,14 @@ def authors_of(images: list[str]) -> dict[str, str]:
     return found if len(set(found.values())) > 1 else {image: image for image in images}
 
 
+def add_list_arguments(parser: argparse.ArgumentParser, *, runs: str, out: str) -> None:
+    """Declare what every list of runs takes: its recipe, its folders, its time."""
+    parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"), help="recipe (%(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path(runs), help="folder of the runs (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the rows (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="begin no training after this time; the same command goes on")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the recipe, for all models alike")
@@ -264,19 +273,14 @@ def main() -> int:
         help="timm models, or \"glattn_atto(layout='full')\"; the others are compared with the first",
     )
     parser.add_argument("--data", type=Path, default=Path("data/icons100"), help="folder with train, val, test")
-    parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"))
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--runs", type=Path, default=Path("runs/proxies"), help="folder of the runs (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the rows (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="begin no run after this time; the same command goes on")
+    add_list_arguments(parser, runs="runs/proxies", out="docs/results")
     args = parser.parse_args()
     try:
         proxies = Proxies(args)
-        if not proxies.run():
-            print("time is up; the same command goes on")
-            return 0
-        proxies.compare()
+        if proxies.run():
+            proxies.compare()
     except (ValueError, OSError) as error:
         print(f"run_proxies: {error}", file=sys.stderr)
         return 1

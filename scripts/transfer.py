@@ -21,7 +21,7 @@ import make_weights
 import numpy as np
 import timm
 from matplotlib.figure import Figure
-from run_proxies import Proxies, Row, read_csv
+from run_proxies import Proxies, Row, add_list_arguments, read_csv
 
 import glattn  # noqa: F401
 from glattn.files import new_folder, write_text
@@ -67,15 +67,12 @@ class Transfer(Proxies):
         self.check_starts()
 
     def check_starts(self) -> None:
-        """Make and note the files that the arms start from; raise if runs of theirs began with other ones."""
+        """Note the files that the arms start from, and raise if runs of theirs began with other ones."""
         path = self.out / "starts.json"
         noted = json.loads(path.read_text()) if path.exists() else {}
         for arm in self.args.models:
-            start = split_arm(arm)[1]
             file = start_file(arm)
             if file is not None:
-                if start != "pretrained":
-                    save_weights(make_weights.start(Path(start)), file)
                 digest = hashlib.sha256(file.read_bytes()).hexdigest()
                 if noted.setdefault(arm, digest) != digest:
                     raise ValueError(f"{self.out}: its runs of {arm} began with other weights; remove them")
@@ -118,7 +115,7 @@ def split_arm(arm: str) -> tuple[str, str, int]:
 
 
 def start_file(arm: str) -> Path | None:
-    """Return the file of weights that an arm starts from, made or not yet; None from scratch, or if the Hub's."""
+    """Return the file of weights that an arm starts from, see `make_start`; None from scratch, or if the Hub's."""
     model, start, _ = split_arm(arm)
     if start == "pretrained":
         cfg = timm.get_pretrained_cfg(model)
@@ -129,6 +126,13 @@ def start_file(arm: str) -> Path | None:
     if not best.is_file():
         raise FileNotFoundError(f"{arm}: no {best}; is {start} a run folder of `glattn pretrain`?")
     return path
+
+
+def make_start(arm: str) -> None:
+    """Make the file that an arm starts from, if it starts from a run folder."""
+    start, file = split_arm(arm)[1], start_file(arm)
+    if file is not None and start != "pretrained":
+        save_weights(make_weights.start(Path(start)), file)
 
 
 def choose(source: Path, target: Path, shots: int, seed: int) -> None:
@@ -180,18 +184,16 @@ def main() -> int:
     )
     parser.add_argument("arms", nargs="+", metavar="MODEL:START", help="the others are compared with the first")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"))
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3])
-    parser.add_argument("--runs", type=Path, default=Path("runs/transfer"), help="folder of the runs (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="begin no run of a task after this time; the command goes on")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/transfer"), help="folder (%(default)s)")
+    add_list_arguments(parser, runs="runs/transfer", out="docs/results/transfer")
     args = parser.parse_args()
     try:
+        for arm in args.arms:
+            make_start(arm)
         for name in args.tasks:
             print(name, flush=True)
             transfer = Transfer(name, TASKS[name], args)
-            if not transfer.run():
-                print("time is up; the same command goes on")
+            transfer.run()
             transfer.compare()
         draw([row for name in TASKS for row in read_csv(args.out / name / "runs.csv")], args.out / "transfer.png")
     except (ValueError, OSError) as error:
