@@ -14,6 +14,20 @@ import glattn  # noqa: F401 (registers the family)
 from glattn.benchmark.contestant import FORMATS, Case, prepare
 
 
+def usable_formats(name: str, case: Case, device: torch.device) -> list[str]:
+    """Return the memory formats that a case can be measured in: all but where torch was ever seen to end a process.
+
+    That is in training on the CPU.
+
+    Raises:
+        RuntimeError: There are none.
+    """
+    formats = survived(name, case) if case.task == "train" and device.type == "cpu" else list(FORMATS)
+    if not formats:
+        raise RuntimeError("torch ends the process in its step, in every memory format")
+    return formats
+
+
 def survived(name: str, case: Case) -> list[str]:
     """Return the memory formats in which processes of their own took a model's step and lived, on the CPU.
 

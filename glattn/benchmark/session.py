@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from glattn.benchmark import rows as table
-from glattn.benchmark.contestant import DTYPES, FORMATS, Case, Contestant, prepare
+from glattn.benchmark.contestant import DTYPES, Case, Contestant, prepare
 from glattn.benchmark.cost import measure_growth
 from glattn.benchmark.machine import matrix_product, synchronizer
 from glattn.benchmark.peers import PEERS, SIZES
-from glattn.benchmark.probe import survived
+from glattn.benchmark.probe import usable_formats
 from glattn.benchmark.rows import Row
 from glattn.benchmark.timing import Spread, Step, take_turns, warm_up
 
@@ -115,12 +115,7 @@ class Session:
             self.report(f"{case}: preparing {name}", done, len(everyone))
             trials: list[tuple[float, Contestant]] = []
             try:
-                # in training on the CPU alone was a process ever seen to end
-                probed = case.task == "train" and self.device.type == "cpu"
-                formats = survived(name, case) if probed else list(FORMATS)
-                if not formats:
-                    raise RuntimeError("torch ends the process in its step, in every memory format")
-                for one in prepare(name, case, self.device, formats):
+                for one in prepare(name, case, self.device, usable_formats(name, case, self.device)):
                     seconds_to_warm[name, one.memory_format], single = warm_up(one.step, synchronize)
                     trials.append((single, one))
             except Exception as error:  # others' models: what one of them cannot do is a row, not the run's end
