@@ -172,9 +172,12 @@ def test_activations_are_in_place_where_training_copies_nothing_for_it(act_layer
     with Copies() as copies:
         model(x).sum().backward()
     hidden = model.stages[0].blocks[0].mlp.fc1.conv.out_channels
-    assert (1, hidden) not in [tuple(shape[:2]) for _, shape in copies.seen]
+    copied = [tuple(shape) for _, shape in copies.seen]
+    assert (1, hidden) not in [shape[:2] for shape in copied]
+    assert (1, model.stem.inner_dim, 32, 32) not in copied
     folded = reparameterize_model(model.eval())
-    assert getattr(folded.stages[0].blocks[0].mlp.act, "inplace", act_layer == "gelu")
+    for act in (folded.stem.act, folded.stages[0].blocks[0].mlp.act):
+        assert getattr(act, "inplace", act_layer == "gelu")
 
 
 def test_memory_format_is_kept_and_nothing_is_copied():

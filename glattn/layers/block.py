@@ -6,13 +6,13 @@ UNetFormer normalises before each branch; here every norm stands right behind a 
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale2d, create_act_layer
+from timm.layers import DropPath, LayerScale2d
 from torch import Tensor, nn
 
 from glattn.config import MixerConfig
 from glattn.layers.attention import MultiHeadGlobalAttention
 from glattn.layers.context import CONTEXTS
-from glattn.layers.conv import ConvNorm, scale_output
+from glattn.layers.conv import ConvNorm, activate_in_place, activation, scale_output
 from glattn.layers.fusion import FUSIONS
 from glattn.layers.local import LOCALS
 
@@ -77,13 +77,17 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, *, hidden_dim: int, act_layer: str, **factory: Any) -> None:
         super().__init__()
         self.fc1 = ConvNorm(dim, hidden_dim, **factory)
-        # in place, autograd would copy what others than ReLU were given; folding makes them so
-        self.act = create_act_layer(act_layer, inplace=act_layer == "relu")
+        self.act = activation(act_layer)
         self.fc2 = ConvNorm(hidden_dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the transformed map."""
         return self.fc2(self.act(self.fc1(x)))
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Activate in place."""
+        activate_in_place(self.act)
 
 
 class GlobalLocalBlock(nn.Module):
@@ -122,11 +126,9 @@ class GlobalLocalBlock(nn.Module):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Fold the layer scales into the convolutions before them, and activate in place."""
+        """Fold the layer scales into the convolutions before them, in place."""
         if isinstance(self.ls1, LayerScale2d):
             scale_output(self.mixer.proj, self.ls1.gamma)
         if isinstance(self.ls2, LayerScale2d):
             scale_output(self.mlp.fc2, self.ls2.gamma)
         self.ls1, self.ls2 = nn.Identity(), nn.Identity()
-        if hasattr(self.mlp.act, "inplace"):
-            self.mlp.act.inplace = True

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn.functional as F
+from timm.layers import create_act_layer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -195,6 +196,18 @@ def scale_output(conv: nn.Module, scale: Tensor) -> None:
     with torch.no_grad():
         target.weight.mul_(scale.reshape(-1, *[1] * (target.weight.ndim - 1)))
         target.bias.mul_(scale)
+
+
+def activation(act_layer: str) -> nn.Module:
+    """Return an activation, by timm's name, in place where autograd needs no copy for that: ReLU's reads its output."""
+    act: nn.Module = create_act_layer(act_layer, inplace=act_layer == "relu")
+    return act
+
+
+def activate_in_place(act: nn.Module) -> None:
+    """Make an activation overwrite what it is given, if it can, for inference."""
+    if hasattr(act, "inplace"):
+        act.inplace = True
 
 
 def num_groups(dim: int, groups: str | int) -> int:

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import create_act_layer
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from glattn.config import GLAttnConfig
 from glattn.layers.block import GlobalLocalAttention, GlobalLocalBlock, Mlp
-from glattn.layers.conv import ConvNorm
+from glattn.layers.conv import ConvNorm, activate_in_place, activation
 from glattn.layers.position import AbsolutePosition
 
 
@@ -46,9 +45,14 @@ class Stem(nn.Sequential):
         super().__init__()
         self.inner_dim = max(dim // 2, 1)
         self.conv1 = ConvNorm(in_chans, self.inner_dim, kernel_size=3, stride=2, **factory)
-        self.act = create_act_layer(config.act_layer, inplace=True)
+        self.act = activation(config.act_layer)
         self.conv2 = ConvNorm(self.inner_dim, dim, kernel_size=3, stride=stride // 2, **factory)
         self.pos_embed = AbsolutePosition(dim, map_size, **factory) if config.abs_pos == "stem" else nn.Identity()
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Activate in place."""
+        activate_in_place(self.act)
 
 
 class Stage(nn.Module):
