@@ -349,6 +349,26 @@ def test_a_pointwise_convolution_is_torchs(cells, bias, memory_format):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_pointwise_convolution_of_few_cells_is_a_matrix_product(monkeypatch):
+    conv = Pointwise(6, 10, 1)
+    products = []
+    real = F.linear
+    monkeypatch.setattr("torch.nn.functional.linear", lambda *given: products.append(given) or real(*given))
+    for height, channels_last in ((16, True), (17, True), (16, False)):
+        x = torch.randn(2, 6, height, 32)
+        conv(x.to(memory_format=torch.channels_last) if channels_last else x)
+        assert len(products) == 1, (height, channels_last)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's attention under vmap
+@pytest.mark.parametrize("name", ["test_glattn", "glattn_tiny_window"])
+def test_vmap_takes_a_stack_of_batches(name):
+    model = timm.create_model(name, num_classes=3).double().eval()
+    x = torch.randn(2, 2, 3, 32, 64, dtype=torch.float64)
+    with torch.no_grad():
+        close(torch.func.vmap(model)(x), torch.stack([model(images) for images in x]))
+
+
 def test_an_attended_map_of_one_image_is_resized_in_its_memory_format():
     attn = MultiHeadGlobalAttention(32, config=MixerConfig(layout="full", head_dim=16)).eval()
     with torch.no_grad():

@@ -128,7 +128,6 @@ def run(args: argparse.Namespace) -> int:
         f"timm {about['timm']}, glattn {about['glattn']} {about['commit']}; ratios to {baseline}"
     )
     cases = choose_cases(args)
-    seen: list[rows.Row] = []
     finished = 0
     with tqdm(disable=not sys.stderr.isatty(), leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}|") as bar:
 
@@ -139,12 +138,12 @@ def run(args: argparse.Namespace) -> int:
         session = Session(path, settings, device, about, report, resume=args.resume)
         for case, measured in session.run(names, cases):
             finished += 1
-            seen += measured
             bar.clear()
             first = next((row for row in measured if not row["error"]), None)
             yardstick = f"; matrix product {float(first['matmul_gmacs_per_second']):.0f} GMAC/s" if first else ""
             print(f"\n{case}{yardstick}\n{rows.table(measured)}", flush=True)
-    pictures = [path for path in (draw_speed(folder, seen), draw_scaling(folder, seen)) if path]
+    drawn = rows.same_place(session.rows, about)  # an earlier call's as well
+    pictures = [path for path in (draw_speed(folder, drawn), draw_scaling(folder, drawn)) if path]
     print("\nwritten:", ", ".join(str(p) for p in [path, *pictures]))
     if finished < len(cases):
         print(f"time is up: {len(cases) - finished} of {len(cases)} cases are left; go on with --resume")

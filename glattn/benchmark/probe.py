@@ -13,6 +13,8 @@ import torch
 import glattn  # noqa: F401 (registers the family)
 from glattn.benchmark.contestant import FORMATS, Case, prepare
 
+READY = "ready"
+
 
 def usable_formats(name: str, case: Case, device: torch.device) -> list[str]:
     """Return the memory formats that a case can be measured in: all but where torch was ever seen to end a process.
@@ -32,14 +34,20 @@ def survived(name: str, case: Case) -> list[str]:
     """Return the memory formats in which processes of their own took a model's step and lived, on the CPU.
 
     A step that raises is survived: whoever takes it meets the exception.
+
+    Raises:
+        RuntimeError: A process ended before its first step.
     """
     eager = dataclasses.asdict(dataclasses.replace(case, engine="eager"))
     left, found = list(FORMATS), []
     while left:
         order = json.dumps([name, eager, torch.get_num_threads(), left])
         command = [sys.executable, "-m", __name__, order]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
-        passed = [word for word in done.stdout.split() if word in left]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        ready, *passed = done.stdout.split() or [""]
+        if ready != READY:
+            why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise RuntimeError(f"the process that was to try memory formats did not begin: {why}")
         found += passed
         left = left[len(passed) + 1 :]  # the next one ended the process
     return found
@@ -49,6 +57,7 @@ def main() -> None:
     """Print the name of each memory format that is asked for, after a step in it."""
     name, case, threads, formats = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
+    print(READY, flush=True)
     for memory_format in formats:
         with contextlib.suppress(Exception):
             for contestant in prepare(name, Case(**case), torch.device("cpu"), [memory_format]):

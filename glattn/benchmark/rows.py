@@ -20,15 +20,18 @@ FIELDS = (
     "baseline", "ratio", "ratio_low", "ratio_high",
     "device", "machine", "cores", "threads", "capability", "python", "torch", "timm", "glattn", "commit", "error",
 )  # fmt: skip
-_KEY = (
-    "model", "task", "precision", "engine", "batch", "pixels",
-    "device", "machine", "cores", "threads", "capability", "torch", "timm",
-)  # fmt: skip
+_PLACE = ("device", "machine", "cores", "threads", "capability", "torch", "timm")
+_KEY = ("model", "task", "precision", "engine", "batch", "pixels", *_PLACE)
 
 
 def key(row: Row) -> tuple[str, ...]:
     """Return what a row is the measurement of: model, case, machine and libraries."""
     return tuple(row[name] for name in _KEY)
+
+
+def same_place(rows: Iterable[Row], about: Row) -> list[Row]:
+    """Return the rows of one machine and its libraries."""
+    return [row for row in rows if all(row[name] == about[name] for name in _PLACE)]
 
 
 def read(path: Path) -> list[Row]:

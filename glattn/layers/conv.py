@@ -50,14 +50,15 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, few: int = 1024) -
     whole batch.
     """
     if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-        cells = x.shape[0] * x.shape[2] * x.shape[3]
-        if cells <= few and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
-            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        rows = x.permute(0, 2, 3, 1)
+        # contiguous: in channels_last memory, asked in a way that vmap can answer
+        if x.shape[0] * x.shape[2] * x.shape[3] <= few and x.device.type == "cpu" and rows.is_contiguous():
+            return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias)
 
 
 class Pointwise(nn.Conv2d):
-    """torch's Conv2d of kernel size 1, computed by `pointwise`."""
+    """torch's Conv2d of kernel size 1, without stride, padding or groups, computed by `pointwise`."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Return the convolved ``(B, C, H, W)`` map."""
