@@ -43,23 +43,30 @@ def start(run: Path) -> nn.Module:
 
 @torch.no_grad()
 def shrink(model: nn.Module, fresh: nn.Module) -> None:
-    """Scale kernels in front of a batch norm down to their size in a fresh model; outputs stay as they are."""
-    for conv_name, norm_name in observe(model, torch.zeros(1, 3, 64, 64)):
+    """Scale kernels in front of a batch norm down to their size in a fresh model; outputs stay as they are.
+
+    Raises:
+        ValueError: They do not, as where a convolution's output goes elsewhere too.
+    """
+    image = torch.rand(2, 3, 64, 64)
+    expected = model(image)
+    for conv_name, norm_name in observe(model, image):
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         first = fresh.get_submodule(conv_name)
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(first, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
         scale = first.weight.norm() / conv.weight.norm()
-        if conv.bias is None and scale < 1:
-            before = (norm.running_var + norm.eps).sqrt()
+        mean, variance = norm.running_mean, norm.running_var
+        if conv.bias is None and norm.affine and mean is not None and variance is not None and 0 < scale < 1:
+            before = (variance + norm.eps).sqrt()
             conv.weight *= scale
-            norm.running_mean *= scale
-            norm.running_var *= scale**2
+            mean *= scale
+            variance *= scale**2
             # eps is not scaled
-            norm.weight *= (norm.running_var + norm.eps).sqrt() / (scale * before)
+            norm.weight *= (variance + norm.eps).sqrt() / (scale * before)
+    if not torch.allclose(model(image), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise ValueError(f"{type(model).__name__}: smaller kernels in front of its batch norms change what it computes")
 
 
 def measure(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import compare_runs
@@ -82,8 +83,31 @@ def test_a_start_is_the_same_function_of_smaller_kernels(tmp_path):
     grown = dict(model.named_parameters())
     assert len(sizes) > 5
     assert all(size < 0.9 * grown[name].norm() for name, size in sizes.items())
-    make_weights.shrink(started, started)
-    assert all(p.norm() == sizes[name] for name, p in started.named_parameters() if p.ndim == 4)
+
+
+class Branching(nn.Module):
+    """A convolution, its batch norm, and what else its output goes to."""
+
+    def __init__(self, *, size: float, affine: bool = True, aside: bool = False) -> None:
+        super().__init__()
+        self.conv, self.bn, self.aside = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=affine), aside
+        nn.init.constant_(self.conv.weight, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.bn(x) + x if self.aside else self.bn(x)
+
+
+@pytest.mark.parametrize(("size", "affine"), [(0.0, True), (2.0, True), (0.5, False)])
+def test_kernels_stay_where_a_new_models_are_none_or_larger_or_no_norm_can_make_up(size, affine):
+    grown = Branching(size=1.0, affine=affine).eval()
+    make_weights.shrink(grown, Branching(size=size, affine=affine))
+    assert (grown.conv.weight == 1).all()
+
+
+def test_kernels_whose_size_matters_are_refused():
+    with pytest.raises(ValueError, match=r"Branching: smaller kernels .* change what it computes"):
+        make_weights.shrink(Branching(size=1.0, aside=True).eval(), Branching(size=0.5))
 
 
 @pytest.fixture
