@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 from run_proxies import Proxies, Row, add_list_arguments, read_csv
 
 import glattn  # noqa: F401
-from glattn.files import new_folder, write_text
+from glattn.files import new_folder, replacing, write_text
 from glattn.models.weights import save_weights
 from glattn.training.digits import write_digits
 from glattn.training.figures import save_figure
@@ -128,11 +129,13 @@ def start_file(arm: str) -> Path | None:
     return path
 
 
-def make_start(arm: str) -> None:
-    """Make the file that an arm starts from, if it starts from a run folder."""
+def make_start(arm: str, records: Path) -> None:
+    """Make the file that an arm starts from, if it starts from a run folder; keep a copy of that run's measurements."""
     start, file = split_arm(arm)[1], start_file(arm)
     if file is not None and start != "pretrained":
         save_weights(make_weights.start(Path(start)), file)
+        with replacing(records / f"{Path(start).name}.csv") as temporary:
+            shutil.copyfile(Path(start) / "metrics.csv", temporary)
 
 
 def choose(source: Path, target: Path, shots: int, seed: int) -> None:
@@ -189,7 +192,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         for arm in args.arms:
-            make_start(arm)
+            make_start(arm, args.out / "pretraining")
         for name in args.tasks:
             print(name, flush=True)
             transfer = Transfer(name, TASKS[name], args)

@@ -71,6 +71,7 @@ def pretrained(run: Path) -> torch.nn.Module:
     export(
         model, run / "best", class_names=("a", "b", "c"), data_config={**config, "crop_pct": 1.0}, metrics={"top1": 1}
     )
+    (run / "metrics.csv").write_text("epoch,top1\n1,1.0\n")
     return model
 
 
@@ -164,6 +165,7 @@ def test_each_arm_starts_as_it_says_and_is_compared_with_the_first(trained, caps
     }
     assert {row["data"] for row in run_proxies.read_csv(root / "out" / "two" / "runs.csv")} == {"two"}
     assert (root / "out" / "transfer.png").stat().st_size > 0
+    assert (root / "out" / "pretraining" / "resnet.csv").read_text() == (root / "resnet" / "metrics.csv").read_text()
     before = (root / "out" / "two" / "runs.csv").read_text()
     assert main(*ARMS) == 0
     assert len(commands) == 4 * 3

@@ -20,11 +20,12 @@ def _ours(row: Row) -> bool:
 
 
 def _cases(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """Return rows by case and measurement: what took turns with one and the same matrix product."""
     cases: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if not row["error"]:
-            case = (row["task"], row["precision"], row["engine"], row["batch"], row["pixels"])
-            cases.setdefault(case, []).append(row)
+            names = ("task", "precision", "engine", "batch", "pixels", "matmul_gmacs_per_second")
+            cases.setdefault(tuple(row[name] for name in names), []).append(row)
     return cases
 
 
@@ -33,9 +34,9 @@ def draw_speed(folder: Path, rows: Sequence[Row]) -> Path | None:
     cases = _cases(rows)
     if not cases:
         return None
-    sizes = [case[-1] for case in cases]
+    sizes = [case[4] for case in cases]
     common = max(dict.fromkeys(sizes), key=sizes.count)
-    cases = {case: members for case, members in cases.items() if case[-1] == common}
+    cases = {case: members for case, members in cases.items() if case[4] == common}
     columns = min(2, len(cases))
     lines = -(-len(cases) // columns)
     figure = Figure(figsize=(7.5 * columns, 5.2 * lines), layout="constrained")
@@ -43,7 +44,7 @@ def draw_speed(folder: Path, rows: Sequence[Row]) -> Path | None:
     for axes in panels[len(cases) :]:
         axes.set_axis_off()
     for axes, (case, members) in zip(panels, cases.items(), strict=False):
-        task, precision, engine, batch, pixels = case
+        task, precision, engine, batch, pixels, _ = case
         for row in members:
             x, y = float(row["params_m"]), float(row["images_per_second"])
             colour = _OURS if _ours(row) else _THEIRS
@@ -90,7 +91,7 @@ def _label(axes: Any, members: Sequence[Row]) -> None:
 def draw_scaling(folder: Path, rows: Sequence[Row]) -> Path | None:
     """Draw cost and memory per pixel against resolution, relative to the smallest; flat is linear in pixels."""
     swept: dict[str, list[Row]] = {}
-    for (task, precision, engine, batch, _), members in _cases(rows).items():
+    for (task, precision, engine, batch, *_), members in _cases(rows).items():
         if (task, precision, engine, batch) == ("infer", "fp32", "eager", "1"):
             for row in members:
                 swept.setdefault(row["model"], []).append(row)
