@@ -19,6 +19,7 @@ from glattn.hub.card import model_card, read_record
 from glattn.hub.local_dir import save_config
 from glattn.listing import describe
 from glattn.models.weights import HUB
+from glattn.training.fractals import SAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
@@ -217,31 +218,43 @@ def ablation() -> str:
     return markdown(head, rows)
 
 
-def transferred() -> tuple[dict[tuple[str, str], dict[str, str]], dict[tuple[str, str], list[dict[str, str]]]]:
+def transferred(
+    folder: str = "transfer",
+) -> tuple[dict[tuple[str, str], dict[str, str]], dict[tuple[str, str], list[dict[str, str]]]]:
     """Return what transfer.py found by task and arm: the comparison with the first arm; the runs at the chosen rate."""
     compared: dict[tuple[str, str], dict[str, str]] = {}
     arms: dict[tuple[str, str], list[dict[str, str]]] = {}
     for task in TASKS:
-        if (ROOT / "docs" / "results" / "transfer" / task / "comparisons.csv").exists():
-            compared |= {(task, row["other"]): row for row in read(f"transfer/{task}/comparisons.csv")}
-            for row in read(f"transfer/{task}/runs.csv"):
+        if (ROOT / "docs" / "results" / folder / task / "comparisons.csv").exists():
+            compared |= {(task, row["other"]): row for row in read(f"{folder}/{task}/comparisons.csv")}
+            for row in read(f"{folder}/{task}/runs.csv"):
                 if row["chosen"] == "yes":
                     arms.setdefault((task, row["model"]), []).append(row)
     return compared, arms
 
 
-def transfer() -> str:
+def transfer(folder: str) -> str:
     """Return the accuracy of each arm on each task after pretraining, and how far the first is above it."""
-    compared, arms = transferred()
+    compared, arms = transferred(folder)
     rows = []
     for (task, arm), runs in sorted(
         arms.items(), key=lambda item: (list(TASKS).index(item[0][0]), item[0] in compared)
     ):
         model, _, start = arm.partition(":")
-        cells = [task, f"`{model}`", start, runs[0]["lr"], mean_top1(runs), top1_by_seed(runs)]
+        cells = [task, f"`{model}`", Path(start).name, runs[0]["lr"], mean_top1(runs), top1_by_seed(runs)]
         rows.append([*cells, *difference(compared.get((task, arm), {}))])
     head = ("task", "model", "start", "lr", "top-1", "by seed", "the first arm less this", "95%", "")
     return markdown(head, rows)
+
+
+def pretraining(folder: str) -> str:
+    """Return how far each model got in pretraining, of the runs that transfer.py started from."""
+    rows = []
+    for path in sorted((ROOT / "docs" / "results" / folder / "pretraining").glob("*.csv")):
+        epochs = read(str(path.relative_to(ROOT / "docs" / "results")))
+        best = max(epochs, key=lambda row: float(row["top1"]))
+        rows.append([path.stem, f"{len(epochs) * SAMPLES:,}", f"{float(best['top1']):.1f}"])
+    return markdown(("run", "pictures", "top-1 on held-out fractals"), rows)
 
 
 def when_it_helps(model: str) -> str:
@@ -287,7 +300,8 @@ def measured() -> str:
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),
-        "transfer": transfer(),
+        **{folder: transfer(folder) for folder in ("transfer", "transfer-200k")},
+        "pretraining-200k": pretraining("transfer-200k"),
     }
     for name, table in tables.items():
         text = fill(text, name, table)

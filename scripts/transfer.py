@@ -162,21 +162,22 @@ def draw(rows: list[Row], path: Path) -> None:
     """Draw the accuracy of each arm on each task at its chosen rate: a bar to the mean, a dot a seed."""
     rows = [row for row in rows if row["chosen"] == "yes"]
     tasks, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("data", "model"))
-    figure = Figure(figsize=(3 + 2.2 * len(tasks), 5), layout="constrained")
+    figure = Figure(figsize=(4 + 2.4 * len(tasks), 5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(arms)
     for number, arm in enumerate(arms):
+        label: str | None = arm  # once, at the first task that the arm has
         for place, task in enumerate(tasks):
             tests = [float(row["test_top1"]) for row in rows if (row["model"], row["data"]) == (arm, task)]
             if tests:
                 x = place + (number - (len(arms) - 1) / 2) * width
-                label = {"label": arm} if place == 0 else {}
-                axes.bar(x, sum(tests) / len(tests), width * 0.9, color=f"C{number}", alpha=0.6, **label)
+                axes.bar(x, sum(tests) / len(tests), width * 0.9, color=f"C{number}", alpha=0.6, label=label)
                 axes.plot([x] * len(tests), tests, ".", color="#1e293b", markersize=4)
+                label = None
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylabel("top-1 on the test, %")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 

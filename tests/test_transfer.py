@@ -172,6 +172,15 @@ def test_each_arm_starts_as_it_says_and_is_compared_with_the_first(trained, caps
     assert (root / "out" / "two" / "runs.csv").read_text() == before
 
 
+def test_the_picture_names_every_arm_once(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(transfer, "save_figure", lambda figure, path: drawn.append(figure))
+    places = [("one", "a:scratch"), ("two", "a:scratch"), ("two", "b:scratch")]
+    transfer.draw([{"model": a, "data": t, "chosen": "yes", "test_top1": "50"} for t, a in places], tmp_path / "p.png")
+    legend = drawn[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["a:scratch", "b:scratch"]
+
+
 def test_a_list_that_ran_out_of_time_goes_on(trained, capsys):
     main, commands, _ = trained
     assert main(ARMS[0]) == 0
