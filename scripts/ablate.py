@@ -146,6 +146,9 @@ def main() -> int:
             | {"verdict": {"better": "worse", "worse": "better"}.get(found["verdict"], found["verdict"])}
             | {key: found[key] for key in ("test_top1", "seeds", "settings")}
         )
+    if not rows:
+        print("no design is done yet")
+        return 0
     run_proxies.write_csv(args.out / f"{args.data.name}.csv", COLUMNS, rows)
     draw(rows, args.out / f"{args.data.name}.png")
     for row in rows:

@@ -1,4 +1,4 @@
-"""Make emoji, some 1,500 identities drawn by six hands of which one is seen in the test alone, from @iconify/json.
+"""Make emoji, some 1,500 identities drawn by five hands of which one is seen in the test alone, from @iconify/json.
 
 Identities of few drawings have none in val/: train with partial_val=true.
 """

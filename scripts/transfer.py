@@ -199,7 +199,9 @@ def main() -> int:
             transfer = Transfer(name, TASKS[name], args)
             transfer.run()
             transfer.compare()
-        draw([row for name in TASKS for row in read_csv(args.out / name / "runs.csv")], args.out / "transfer.png")
+        rows = [row for name in TASKS for row in read_csv(args.out / name / "runs.csv")]
+        if any(row["chosen"] == "yes" for row in rows):
+            draw(rows, args.out / "transfer.png")
     except (ValueError, OSError) as error:
         print(f"transfer: {error}", file=sys.stderr)
         return 1

@@ -79,6 +79,18 @@ def test_labels_are_names_without_style(icon, label):
     assert make_icons.label_of(icon) == label
 
 
+def test_a_damaged_archive_is_one_line(tmp_path):
+    (tmp_path / "text.tgz").write_text("not an archive")
+    with pytest.raises(ValueError, match="is damaged or no"):
+        iconify.open_package(tmp_path / "text.tgz", tmp_path / "cache")
+    (tmp_path / "note").write_text("x")
+    with tarfile.open(tmp_path / "other.tgz", "w:gz") as tar:
+        tar.add(tmp_path / "note", "note")
+    with pytest.raises(ValueError, match="holds no folder package/"):
+        iconify.open_package(tmp_path / "other.tgz", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_icons_are_of_free_sets_few_an_author_and_split_by_author(package):
     chosen = make_icons.choose(package, classes=2)
     assert {e.label for e in chosen} == {"house", "arrow-left"}

@@ -21,7 +21,7 @@ from glattn.layers import (
     MultiScaleConv,
 )
 from glattn.layers.augmented import AugmentedConv, offset_embedding, relative_logits
-from glattn.layers.conv import Pointwise
+from glattn.layers.conv import BatchNorm2d, Pointwise
 
 DIM = 16
 GROUPS = ["depthwise", "dense", 4]
@@ -328,6 +328,15 @@ def test_a_model_of_any_fusion_local_branch_and_context_folds(local, fusion, con
     x = torch.randn(2, 3, 65, 34, dtype=torch.float64)
     with torch.no_grad():
         close(reparameterize_model(model)(x), model(x))
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
+def test_running_statistics_follow_the_momentum(momentum):
+    mine, theirs = BatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)
+    for _ in range(4):
+        x = torch.randn(2, 3, 5, 4) + 2
+        torch.testing.assert_close(mine(x), theirs(x))
+    torch.testing.assert_close(mine.state_dict(), theirs.state_dict())
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

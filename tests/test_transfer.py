@@ -191,6 +191,12 @@ def test_a_list_that_ran_out_of_time_goes_on(trained, capsys):
     assert len(commands) == 6
 
 
+def test_no_picture_is_drawn_of_nothing(trained, capsys):
+    main, _, root = trained
+    assert main(ARMS[0], "--minutes", "1e-12") == 0
+    assert not (root / "out" / "transfer.png").exists()
+
+
 def test_arms_that_are_not_done_are_not_compared(trained):
     main, _, root = trained
     assert main(*ARMS[:2]) == 0

@@ -35,10 +35,13 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Return the normalised ``(B, C, H, W)`` map."""
+        momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # a plain average
+                momentum = 1.0 / float(self.num_batches_tracked)
         return batch_norm(
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.training, 0.1, self.eps
+            input, self.weight, self.bias, self.running_mean, self.running_var, self.training, momentum, self.eps
         )
 
 
