@@ -117,14 +117,15 @@ def open_package(path: Path | None, cache: Path) -> Package:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{cache.name}-", dir=cache.parent) as temporary:
             archive = path or _download(Path(temporary))
+            out = Path(temporary) / "out"
             try:
                 with tarfile.open(archive) as tar:
-                    tar.extractall(Path(temporary) / "out", filter="data")
+                    tar.extractall(out, filter="data")
             except (tarfile.TarError, EOFError, zlib.error) as error:
                 raise ValueError(f"{archive} is damaged or no .tgz of {PACKAGE}: {error}") from None
-            if not (Path(temporary) / "out" / "package").is_dir():
+            if not (out / "package").is_dir():
                 raise ValueError(f"{archive} holds no folder package/: is it the .tgz of {PACKAGE}?")
-            (Path(temporary) / "out" / "package").rename(cache)
+            (out / "package").rename(cache)
     return Package(cache)
 
 

@@ -23,8 +23,7 @@ from glattn.training.fractals import SAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
-# folders of what run_proxies.py wrote, and the size that is compared there
-DRAWINGS = {"icons100": ("icons100", "atto"), "emoji": ("emoji", "atto")}
+DRAWINGS = {"icons100": "atto", "emoji": "atto"}  # data of run_proxies.py's runs, and the size that is compared on it
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
 
@@ -296,7 +295,7 @@ def measured() -> str:
         "scaling": scaling(),
         "deployment": deployment(),
         "modes": modes(),
-        **{name: drawings(*place) for name, place in DRAWINGS.items()},
+        **{data: drawings(data, size) for data, size in DRAWINGS.items()},
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),

@@ -7,7 +7,6 @@ The last makes the card from the record and from what the weights gain (transfer
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 
 import glattn
 from glattn.benchmark.folding import observe
-from glattn.files import replacing, write_text
+from glattn.files import copy_file, write_text
 from glattn.models.weights import save_weights
 from glattn.training.fractals import HELD_OUT
 from glattn.training.pretrain import FractalSource
@@ -103,8 +102,7 @@ def main() -> int:
         shipped = measure(timm.create_model(name, pretrained=True))
         record = ROOT / "docs" / "weights" / f"{name}.{cfg.tag}"
         for file in RECORD:
-            with replacing(record / file) as temporary:
-                shutil.copyfile(args.run / file, temporary)
+            copy_file(args.run / file, record / file)
         text = json.dumps({"epoch": best["epoch"], **shipped}, indent=2) + "\n"
         write_text(record / "best" / "metrics.json", text)
     except (ValueError, OSError) as error:

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 from run_proxies import Proxies, Row, add_list_arguments, read_csv
 
 import glattn  # noqa: F401
-from glattn.files import new_folder, replacing, write_text
+from glattn.files import copy_file, new_folder, write_text
 from glattn.models.weights import save_weights
 from glattn.training.digits import write_digits
 from glattn.training.figures import save_figure
@@ -134,8 +133,7 @@ def make_start(arm: str, records: Path) -> None:
     start, file = split_arm(arm)[1], start_file(arm)
     if file is not None and start != "pretrained":
         save_weights(make_weights.start(Path(start)), file)
-        with replacing(records / f"{Path(start).name}.csv") as temporary:
-            shutil.copyfile(Path(start) / "metrics.csv", temporary)
+        copy_file(Path(start) / "metrics.csv", records / f"{Path(start).name}.csv")
 
 
 def choose(source: Path, target: Path, shots: int, seed: int) -> None:

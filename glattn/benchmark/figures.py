@@ -34,9 +34,9 @@ def draw_speed(folder: Path, rows: Sequence[Row]) -> Path | None:
     cases = _cases(rows)
     if not cases:
         return None
-    sizes = [case[4] for case in cases]
+    sizes = [members[0]["pixels"] for members in cases.values()]
     common = max(dict.fromkeys(sizes), key=sizes.count)
-    cases = {case: members for case, members in cases.items() if case[4] == common}
+    cases = {case: members for case, members in cases.items() if members[0]["pixels"] == common}
     columns = min(2, len(cases))
     lines = -(-len(cases) // columns)
     figure = Figure(figsize=(7.5 * columns, 5.2 * lines), layout="constrained")

@@ -17,7 +17,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from timm.utils.model import unwrap_model
 from torch import nn
 
-from glattn.files import replacing
+from glattn.files import copy_file
 from glattn.hub.card import CURVE, Record, is_untouched, model_card, read_record
 from glattn.hub.loading import create_model, patiently, plain_errors
 from glattn.hub.local_dir import save_config
@@ -107,8 +107,7 @@ def _keep(folder: Path, target: Path) -> str:
         kept = target / path.name
         if path.name == README and kept.is_file() and not is_untouched(kept.read_text(encoding="utf-8")):
             continue
-        with replacing(kept) as temporary:
-            shutil.copyfile(path, temporary)
+        copy_file(path, kept)
     return str(target)
 
 
