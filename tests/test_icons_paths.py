@@ -50,12 +50,27 @@ def test_labels_are_what_a_flood_fill_says(pixels):
         assert (first == second) == joined
 
 
-def test_neither_ink_nor_distance_tells_the_answer():
+@pytest.mark.parametrize("side", [16, 32])
+def test_both_answers_have_marks_placed_alike(side):
+    for seed in range(20):
+        drawn, (first, last), (one, two) = make_paths.markable(np.random.default_rng(seed), side)
+        curve_of = {cell: number for number, cells in enumerate(drawn) for cell in (cells[0], cells[-1])}
+        assert curve_of[first] == curve_of[last]
+        assert curve_of[one] != curve_of[two]
+        moved = [np.abs(np.subtract(*ends)) for ends in ((first, last), (one, two))]
+        assert set(moved[0]) == set(moved[1])
+        near = [sorted(min(3, *cell, *(side - 1 - np.array(cell))) for cell in e) for e in ((first, last), (one, two))]
+        assert near[0] == near[1]
+
+
+def test_neither_ink_nor_the_marks_tell_the_answer():
     facts = {True: [], False: []}
     for index in range(300):
         joined = bool(index % 2)
         values = np.asarray(make_paths.image(np.random.default_rng(1000 + index), joined, 64))
-        facts[joined].append((np.linalg.norm(np.subtract(*marks(values))), (255 - values).mean()))
+        moved = np.subtract(*marks(values))
+        odd = np.abs(moved / 4).round().sum() % 2  # cells of four pixels
+        facts[joined].append((np.linalg.norm(moved), odd, (255 - values).mean()))
     for yes, no in zip(np.transpose(facts[True]), np.transpose(facts[False]), strict=True):
         # the best threshold on the fact alone, in either direction
         both, truth = np.concatenate([yes, no]), np.repeat([True, False], 150)
