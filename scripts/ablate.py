@@ -14,10 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import run_proxies
+import torch
 from matplotlib.figure import Figure
 from run_proxies import Row
 
 from glattn.benchmark.contestant import join_options
+from glattn.benchmark.machine import describe
+from glattn.benchmark.rows import read, same_place
 from glattn.cli import main as glattn
 from glattn.training.figures import save_figure
 
@@ -62,28 +65,43 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def accuracy(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
-    """Return accuracy, and its difference from the first's, of the designs that there was time for."""
-    settings = {"models": models, "data": args.data, "config": args.config, "lr": [args.lr], "seeds": args.seeds}
+def accuracy(args: argparse.Namespace, models: list[str], asked: list[str]) -> dict[str, Row]:
+    """Train the designs that are asked for; return accuracy, and its difference from the first's, of all that are done.
+
+    Args:
+        models: All designs.
+        asked: Those to train, if there is time.
+    """
+    settings = {"models": asked, "data": args.data, "config": args.config, "lr": [args.lr], "seeds": args.seeds}
     proxies = run_proxies.Proxies(
         SimpleNamespace(**settings, runs=args.runs, out=args.out, minutes=args.minutes, settings=args.settings)
     )
     proxies.run()
+    proxies.args.models = models
     found = {row["other"]: row for row in proxies.compare()}
     for model in proxies.done:
-        tests = [float(row["test_top1"]) for row in proxies.chosen(model)]
+        tests = [float(row["test_top1"]) for row in proxies.chosen(model).values()]
         row = found.setdefault(model, dict.fromkeys(("points", "low", "high", "verdict"), ""))
         row |= {"test_top1": f"{sum(tests) / len(tests):.2f}", "seeds": str(len(tests)), "settings": proxies.settings}
     return found
 
 
 def speed(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
-    """Return each design's row of a benchmark at 224 pixels, batch 8; what the file holds is not measured again."""
+    """Return each design's row of a benchmark here, at 224 pixels, batch 8; what the file holds is not measured again.
+
+    Raises:
+        ValueError: A design could not be measured.
+    """
     folder = args.out / "speed"
     command = ["benchmark", *models, "--batch", "8", "--rounds", str(args.rounds), "--baseline", models[0]]
     if status := glattn([*command, "--out", str(folder), "--resume"]):
         raise SystemExit(status)
-    return {row["model"]: row for row in run_proxies.read_csv(folder / "rows.csv")}
+    measured = same_place(
+        read(folder / "rows.csv"), describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    )
+    if failed := next((row for row in measured if row["model"] in models and row["error"]), None):
+        raise ValueError(f"{failed['model']} has no speed: {failed['error']}")
+    return {row["model"]: row for row in measured}
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -116,19 +134,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the recipe, for all designs alike")
     parser.add_argument("--model", default="glattn_atto", help="whose mechanisms are switched (%(default)s)")
-    parser.add_argument("--only", nargs="+", choices=list(DESIGNS)[1:], help="mechanisms (default: all)")
+    parser.add_argument("--only", nargs="+", choices=list(DESIGNS)[1:], help="mechanisms to train (all)")
     parser.add_argument("--data", type=Path, default=Path("data/icons100"), help="folder with train, val, test")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rounds", type=int, default=7, help="of the benchmark (%(default)s)")
     run_proxies.add_list_arguments(parser, runs="runs/ablation", out="docs/results/ablation")
     args = parser.parse_args()
-    kinds = ["default", *args.only] if args.only else list(DESIGNS)
+    kinds = list(DESIGNS)
     # the first of each mechanism, then the second: a short run says something of all
     turns = zip_longest(*([(join_options(args.model, options), kind) for options in DESIGNS[kind]] for kind in kinds))
     designs = dict(design for turn in turns for design in turn if design)
+    asked = [design for design, kind in designs.items() if kind in ("default", *(args.only or kinds))]
     try:
-        accuracies = accuracy(args, list(designs))
+        accuracies = accuracy(args, list(designs), asked)
         designs = {design: kind for design, kind in designs.items() if design in accuracies}
         speeds = speed(args, list(designs)) if designs else {}
     except (ValueError, OSError) as error:

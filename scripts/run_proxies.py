@@ -2,7 +2,7 @@
 
 For each model: the first seed at every lr; the lr with the better validation accuracy is kept; the other seeds at
 that. The test is seen once by the best checkpoint of each run, never chosen by. Rows are written run by run, with the
-answer to every test image; a killed list goes on where it was, and rows of other images are dropped.
+answer to every test image; a killed list goes on where it was, and a later list adds models, rates and seeds.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,28 +58,33 @@ class Proxies:
         self.runs.mkdir(parents=True, exist_ok=True)
         self.path = self.out / "runs.csv"
         self.images, self.digest = survey(self.source)
-        self.rows = [row for row in read_csv(self.path) if row.get("digest") == self.digest]
+        self.rows = read_csv(self.path)
+        if strange := sum(row.get("digest") != self.digest for row in self.rows):
+            raise ValueError(f"{self.path}: {strange} rows are of other images than {self.source}; give another --out")
         self.end = time.monotonic() + args.minutes * 60 if args.minutes else float("inf")
 
     def run(self) -> bool:
         """Do what is missing; tell whether all is done."""
         for model in self.args.models:
-            first = []
-            for lr in self.args.lr:
-                row = self.one(model, lr, self.args.seeds[0])
-                if row is None:
-                    return False
-                first.append(row)
-            best = max(first, key=lambda row: (float(row["val_top1"]), -float(row["lr"])))
+            there = self.rows_of(model)
+            first = int(there[0]["seed"]) if there else self.args.seeds[0]
+            if None in [self.one(model, lr, first) for lr in self.args.lr]:
+                return False
+            tried = [row for row in self.rows_of(model) if int(row["seed"]) == first]
+            best = max(tried, key=lambda row: (float(row["val_top1"]), -float(row["lr"])))
             for row in self.rows_of(model):
                 row["chosen"] = "yes" if row["lr"] == best["lr"] else "no"
-            for seed in self.args.seeds[1:]:
+            for seed in self.args.seeds:
                 row = self.one(model, float(best["lr"]), seed)
                 if row is None:
                     return False
                 row["chosen"] = "yes"
             write_csv(self.path, FIELDS, self.rows)
         return True
+
+    @cached_property
+    def authors(self) -> dict[str, str]:
+        return authors_of(self.images)
 
     @property
     def settings(self) -> str:
@@ -136,9 +142,9 @@ class Proxies:
         """Return a model's rows by the recipe of this list."""
         return [row for row in self.rows if (row["model"], row["settings"]) == (model, self.settings)]
 
-    def chosen(self, model: str) -> list[Row]:
-        """Return a model's rows at the lr that was chosen."""
-        return [row for row in self.rows_of(model) if row["chosen"] == "yes" and int(row["seed"]) in self.args.seeds]
+    def chosen(self, model: str) -> dict[int, Row]:
+        """Return a model's rows at the lr that was chosen, by seed."""
+        return {int(row["seed"]): row for row in self.rows_of(model) if row["chosen"] == "yes"}
 
     @property
     def done(self) -> list[str]:
@@ -146,37 +152,51 @@ class Proxies:
         return [
             model
             for model in self.args.models
-            if len(self.chosen(model)) == len(self.args.seeds)
+            if self.chosen(model).keys() >= set(self.args.seeds)
             and {float(row["lr"]) for row in self.rows_of(model)} >= set(self.args.lr)
         ]
 
     def compare(self) -> list[Row]:
-        """Write and return the comparisons of the first model with each other one, of those that are done."""
-        found: list[Row] = []
-        models = self.done
+        """Write and return the comparisons of the first model with each other one, of those that are done.
+
+        Those that the file has already are made anew, of the rows as they are now.
+        """
+        models, path = self.done, self.out / "comparisons.csv"
         if not models or models[0] != self.args.models[0]:
-            return found
-        runs = {model: [unpack(row["answers"], self.images) for row in self.chosen(model)] for model in models}
-        mine, *others = models
-        authors = authors_of(self.images)
-        for other in others:
-            difference = compare(runs[mine], runs[other], authors)
-            found.append({
-                "model": mine, "other": other, "seeds": str(len(runs[mine])),
-                "points": f"{difference.points:.2f}", "low": f"{difference.low:.2f}", "high": f"{difference.high:.2f}",
-                "authors": str(difference.authors), "verdict": difference.verdict, "settings": self.settings,
-            })  # fmt: skip
-            interval = f"95% of resampled tests {difference.low:+.2f} to {difference.high:+.2f}"
-            print(f"{mine} less {other}: {difference.points:+.2f} points, {interval}: {difference.verdict}")
+            return []
+        noted = read_csv(path)
+        before = [(row["model"], row["other"]) for row in noted if row["settings"] == self.settings]
+        asked = [(models[0], other) for other in models[1:]]
+        found = {pair: row for pair in dict.fromkeys([*before, *asked]) if (row := self.comparison(*pair))}
         if found:
-            write_csv(self.out / "comparisons.csv", tuple(found[0]), found)
-        return found
+            rows = [row for row in noted if row["settings"] != self.settings] + list(found.values())
+            write_csv(path, tuple(rows[0]), rows)
+        for pair in asked:
+            print("{model} less {other}: {points} points, 95% {low} to {high}: {verdict}".format(**found[pair]))
+        return [found[pair] for pair in asked]
+
+    def comparison(self, mine: str, other: str) -> Row | None:
+        """Return how a model compares with another one, on the seeds that both have; None if there are none."""
+        runs = self.chosen(mine), self.chosen(other)
+        seeds = sorted(runs[0].keys() & runs[1].keys())
+        if not seeds:
+            return None
+        answers = ([unpack(rows[seed]["answers"], self.images) for seed in seeds] for rows in runs)
+        difference = compare(*answers, self.authors)
+        return {
+            "model": mine, "other": other, "seeds": str(len(seeds)),
+            "points": f"{difference.points:.2f}", "low": f"{difference.low:.2f}", "high": f"{difference.high:.2f}",
+            "authors": str(difference.authors), "verdict": difference.verdict, "settings": self.settings,
+        }  # fmt: skip
+
+
+def tested_split(source: Path) -> str:
+    """Return the name of the images that are tested on: test, or val of what has no test/."""
+    return "test" if (source / "test").is_dir() else "val"
 
 
 def survey(source: Path) -> tuple[list[str], str]:
-    """Return the test images, sorted, and a digest of what images there are to train and test on.
-
-    What has no test/ is tested on val/.
+    """Return the tested images, sorted, and a digest of the names of all images.
 
     Raises:
         FileNotFoundError: There are none.
@@ -184,7 +204,7 @@ def survey(source: Path) -> tuple[list[str], str]:
     names = sorted(str(path.relative_to(source)) for path in source.rglob("*.png"))
     if not names:
         raise FileNotFoundError(f"{source}: no images; scripts/make_icons.py, make_emoji.py, make_paths.py draw them")
-    split = "test/" if any(name.startswith("test/") for name in names) else "val/"
+    split = f"{tested_split(source)}/"
     tested = [name.removeprefix(split) for name in names if name.startswith(split)]
     return tested, hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
@@ -215,7 +235,7 @@ def finished(run: Path, data: Path) -> tuple[Row, dict[str, bool]]:
     from glattn.training.validation import predict_source
 
     classifier = open_checkpoint(str(run))
-    source = open_split(str(data / "test"), "", classifier.class_names)
+    source = open_split(str(data / tested_split(data)), "", classifier.class_names)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     said = predict_source(
         classifier.model.to(device), source, classifier.data_config, batch_size=256, workers=0, device=device

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import ablate
 import run_proxies
 
+from glattn.benchmark import machine, rows
 from glattn.benchmark.contestant import join_options, split_options
 
 DESIGNS = [options for designs in ablate.DESIGNS.values() for options in designs]
@@ -46,12 +47,17 @@ def test_the_table_has_the_signs_of_the_design(tmp_path, monkeypatch):
 
     def measured(command):
         folder = Path(command[command.index("--out") + 1])
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         names = command[1 : command.index("--batch")]
-        rows = [{"model": name, "params_m": "3", "gmacs": "0.4", "ratio": str(n)} for n, name in enumerate(names, 1)]
-        run_proxies.write_csv(folder / "rows.csv", tuple(rows[0]), rows)
+        figures = {"params_m": "3", "gmacs": "0.4"}
+        about = dict.fromkeys(rows.FIELDS, "") | place | figures
+        elsewhere = [about | {"model": name, "machine": "another", "ratio": "9"} for name in names]
+        here = [about | {"model": name, "ratio": str(n)} for n, name in enumerate(names, 1)]
+        rows.write(folder / "rows.csv", [*here, *elsewhere])
         return 0
 
+    place = machine.describe(torch.device("cpu"))
+    monkeypatch.setattr(ablate, "describe", lambda device: place)
     monkeypatch.setattr(run_proxies.subprocess, "run", train)
     finished = {"val_top1": "50", "test_top1": "60"}
     monkeypatch.setattr(
@@ -63,12 +69,11 @@ def test_the_table_has_the_signs_of_the_design(tmp_path, monkeypatch):
     monkeypatch.setattr(
         ablate, "DESIGNS", {"default": [{}], "branches": [{"fusion": "local"}], "fusion": [{"fusion": "split"}]}
     )
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["ablate.py", "--data", str(tmp_path / "icons100"), "--runs", str(tmp_path), "--out", str(tmp_path / "out")],
-    )
-    assert ablate.main() == 0
+    arguments = ["--data", str(tmp_path / "icons100"), "--runs", str(tmp_path), "--out", str(tmp_path / "out")]
+    for only, designs in (("fusion", 2), ("branches", 3)):  # a later list adds to what is there
+        monkeypatch.setattr(sys, "argv", ["ablate.py", *arguments, "--only", only])
+        assert ablate.main() == 0
+        assert len(run_proxies.read_csv(tmp_path / "out" / "icons100.csv")) == designs
     default, local, split = run_proxies.read_csv(tmp_path / "out" / "icons100.csv")
     assert (default["points"], default["design"]) == ("", "glattn_atto")
     assert (local["points"], local["verdict"], local["times_default_speed"]) == ("-20.00", "worse", "2")

@@ -228,6 +228,28 @@ def test_a_case_that_lacks_a_model_is_measured_whole(tmp_path):
     assert [row["torch"] == "1.0" for row in _rows(tmp_path)] == [True, True, False, False]
 
 
+@pytest.mark.parametrize("changed", [{"commit": "0123456789ab"}, {"baseline": "test_vit"}])
+def test_resume_keeps_no_row_of_other_code_or_another_baseline(changed, tmp_path):
+    assert _run(tmp_path) == 0
+    first = _rows(tmp_path)
+    rows.write(tmp_path / "rows.csv", [row | changed for row in first])
+    assert _run(tmp_path, "--resume") == 0
+    again = _rows(tmp_path)
+    assert [row["model"] for row in again] == [row["model"] for row in first]
+    assert all(row[name] == old[name] for row, old in zip(again, first, strict=True) for name in changed)
+    assert again[0]["milliseconds"] != first[0]["milliseconds"]
+
+
+def test_a_model_that_cannot_fold_itself_is_measured_all_the_same(monkeypatch):
+    def refuse(model):
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr("glattn.benchmark.folding.reparameterize_model", refuse)
+    _, word = fold(timm.create_model("test_resnet"), torch.randn(1, 3, 64, 64))
+    folded, _, total, *_ = word.split()
+    assert folded == total
+
+
 @pytest.mark.parametrize("slow", ["NCHW", "NHWC"])
 def test_the_faster_memory_format_is_chosen_in_the_rounds(slow, tmp_path, monkeypatch):
     def turns(steps, **_):
@@ -267,6 +289,7 @@ def test_a_model_that_cannot_is_a_row_and_the_others_are_measured(tmp_path):
         (["test_resnet", "--rounds", "0"], "--rounds"),
         (["test_resnet", "--batch", "0"], "--batch"),
         (["test_resnet", "--baseline", "no_such_model"], "no_such_model"),
+        (["test_resnet", "--baseline", "test_*"], "give one"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_line(arguments, word, tmp_path, capsys):

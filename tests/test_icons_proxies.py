@@ -75,10 +75,10 @@ def proxies(tmp_path, monkeypatch):
     monkeypatch.setattr(run_proxies.subprocess, "run", train)
     monkeypatch.setattr(run_proxies, "finished", finished)
 
-    def make(*models, minutes=None):
+    def make(*models, minutes=None, **changed):
         folders = {"data": tmp_path / "data", "runs": tmp_path / "runs", "out": tmp_path / "out"}
         options = {"config": Path("icons.yaml"), "lr": [1e-3, 2e-3], "seeds": [0, 1, 2], "settings": []}
-        args = SimpleNamespace(models=models, minutes=minutes, **folders, **options)
+        args = SimpleNamespace(models=models, minutes=minutes, **folders | options | changed)
         return run_proxies.Proxies(args)
 
     return make, trained
@@ -125,14 +125,32 @@ def test_a_list_goes_on_where_it_was(proxies):
     assert run_proxies.read_csv(make("a").path)[:4] == rows
 
 
-def test_rows_of_other_images_are_dropped_and_answers_are_kept(proxies, tmp_path):
+def test_a_later_list_adds_to_what_is_there(proxies):
+    make, trained = proxies
+    first = make("a", "b")
+    assert first.run()
+    compared = first.compare()
+    trained.clear()
+    # fewer rates and models, another seed: the rate is still the first seed's, of all that were tried
+    more = make("a", "c", lr=[1e-3], seeds=[5])
+    assert more.run()
+    assert trained == [("a", 0.002, 5), ("c", 0.001, 5)]
+    assert [row["chosen"] for row in more.rows_of("a")] == ["no", "yes", "yes", "yes", "yes"]
+    assert [(row["other"], row["seeds"]) for row in more.compare()] == [("c", "1")]
+    rows = run_proxies.read_csv(more.out / "comparisons.csv")
+    assert rows[0] == compared[0]
+    assert [row["other"] for row in rows] == ["b", "c"]
+
+
+def test_rows_of_other_images_are_refused_and_answers_are_kept(proxies, tmp_path):
     make, _ = proxies
     assert make("a", "b").run()
     assert run_proxies.unpack(make("b").rows[-1]["answers"], IMAGES) == answers(set(range(50)))
     (tmp_path / "data" / "test" / "a" / "new.png").touch()
-    assert make("a").rows == []
+    with pytest.raises(ValueError, match="8 rows are of other images"):
+        make("a")
     with pytest.raises(ValueError, match="200 images were tested, which are not the 201"):
-        make("c").run()
+        make("c", out=tmp_path / "other").run()
     with pytest.raises(FileNotFoundError, match="no images"):
         run_proxies.survey(tmp_path / "nothing")
 

@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", help="model that ratios are to (default: the class's ConvNeXt, or the first)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are there, measure what is missing")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep rows of this commit and baseline, measure what is missing"
+    )
 
 
 def choose_models(patterns: Sequence[str], sizes: Sequence[str] | None) -> list[str]:
@@ -105,8 +107,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--batch, --pixels and --sweep take numbers above 0")
     names = choose_models(args.models, args.size)
     baseline = args.baseline or (f"convnext_{args.size[0]}" if args.size else names[0])
-    if args.baseline:
-        choose_models([args.baseline], None)
+    baseline, *others = choose_models([baseline], None)
+    if others:
+        raise ValueError(f"--baseline {args.baseline}: names {len(others) + 1} models; give one")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("no CUDA device is to be had; give --device cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -117,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
     folder = Path(args.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written to; give another --out")
     path = folder / "rows.csv"
     if path.exists() and not args.resume:
         raise ValueError(f"{path} holds rows already; add to them with --resume, or give another --out")

@@ -107,6 +107,8 @@ def draw_scaling(folder: Path, rows: Sequence[Row]) -> Path | None:
         for number, (_, members) in enumerate(sorted(swept.items())):
             members = sorted(members, key=lambda row: int(row["pixels"]))
             costs = [cost_of(row) / int(row["pixels"]) ** 2 for row in members]
+            if not costs[0]:  # nothing grew that torch knows of
+                continue
             ours = _ours(members[0])
             axes.plot(
                 [int(row["pixels"]) for row in members], [cost / costs[0] for cost in costs], marker=".",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import torch
 
 from glattn.benchmark.timing import Step
+from glattn.provenance import commit
 
 # side of the square matrices: large enough for the full rate, small enough for a turn
 _SIDE = {"cpu": 2048, "cuda": 8192}
@@ -31,7 +31,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "glattn": glattn.__version__,
-        "commit": _commit(),
+        "commit": commit(12),
     }
 
 
@@ -42,17 +42,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Step, int]:

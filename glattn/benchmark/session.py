@@ -66,7 +66,7 @@ class Session:
         """Yield each case with all its rows once they are in the file; stop where the time is up."""
         for case in cases:
             wanted = {table.key(self._head(name, case)) for name in names}
-            if not wanted <= {table.key(row) for row in self.rows}:
+            if not wanted <= {table.key(row) for row in self.rows if self._stays(row)}:
                 if self.out_of_time():
                     return
                 # all of them, those that are there too: only what took turns can be compared
@@ -74,6 +74,10 @@ class Session:
                 self.rows = [row for row in self.rows if table.key(row) not in wanted] + measured
                 table.write(self.path, self.rows)
             yield case, [row for row in self.rows if table.key(row) in wanted]
+
+    def _stays(self, row: Row) -> bool:
+        """Tell whether a row is of this code, and its ratio to this baseline (none: it could not be measured)."""
+        return row["commit"] == self.about["commit"] and row["baseline"] in ("", self.settings.baseline)
 
     def _head(self, name: str, case: Case) -> Row:
         peer = PEERS.get(name)

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from glattn.files import write_text
+from glattn.provenance import commit
 from glattn.training.config import TrainConfig
 from glattn.training.data import Source
 from glattn.training.figures import save_figure
@@ -55,16 +55,12 @@ def describe_environment(device: str, processes: int) -> dict[str, Any]:
 
     import glattn
 
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
     versions = {m.__name__: m.__version__ for m in (glattn, torch, torchvision, timm, accelerate, np)}
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit or None,
+        "commit": commit(40) or None,
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
