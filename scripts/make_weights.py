@@ -2,7 +2,8 @@
 
     glattn pretrain --run runs/fractals && python scripts/make_weights.py runs/fractals && make tables
 
-The last makes the card from the record and from what the weights gain (transfer.py).
+With --to FILE, only its weights, to start another run from: checkpoint=FILE. `make tables` makes the card, from the
+record and from what the weights gain (transfer.py).
 """
 
 import argparse
@@ -82,9 +83,13 @@ def main() -> int:
         description=__doc__.partition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__
     )
     parser.add_argument("run", type=Path, help="run folder of `glattn pretrain`")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="write the weights there, and nothing into the package")
     args = parser.parse_args()
     try:
         model = start(args.run)
+        if args.to:
+            save_weights(model, args.to)
+            return 0
         name = model.pretrained_cfg["architecture"]
         cfg = timm.get_pretrained_cfg(name)
         if cfg is None or not cfg.file:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from glattn.cli import main
 from glattn.training import fractals
+from glattn.training.build import even_shares
 from glattn.training.pretrain import FractalSource
 
 CPU = torch.device("cpu")
@@ -81,6 +82,43 @@ def test_a_picture_is_a_function_of_its_seed_and_of_no_other_picture():
     assert (image.size, target) == ((48, 48), 5)
 
 
+def test_a_picture_of_several_fractals_is_of_their_classes_and_seeds_alone():
+    source = FractalSource.of(1000, fixed=False, side=48, instances=4)
+    places = [(5, seed) for seed in range(40)]
+    shown = [source.classes(*place) for place in places]
+    assert {len(classes) for classes in shown} == {1, 2, 3, 4}
+    assert all(classes[0] == 5 and len(set(classes)) == len(classes) for classes in shown)
+    together = source.draw(places, 48, CPU)
+    assert 0 <= together.min() < together.max() <= 1
+    assert all(torch.equal(source.draw([place], 48, CPU)[0], one) for place, one in zip(places, together, strict=True))
+
+
+def test_fractals_are_drawn_one_over_the_other(table):
+    """With the first's ground, each in its own ink, all without colour if the first has none."""
+    seeds = [[3, 0], [3, 1]]
+    two = fractals.Draws.of([table[1], table[2]], seeds, [2], side=48, device=CPU)
+    for mono, lone in ((0, 0), (1, 1), (2, 2)):
+        two.mono[:] = torch.tensor([mono, 0])
+        picture = fractals.render(two, [2], 48)[0]
+        parts = [
+            fractals.Draws(**{name: value[n : n + 1].clone() for name, value in vars(two).items()}) for n in range(2)
+        ]
+        parts[1].mono[:] = lone
+        first, second = (fractals.render(part, [1], 48)[0] for part in parts)
+        bare = fractals.Draws(**vars(parts[1]) | {"colours": torch.ones(1, 2, 3), "mono": torch.full((1,), 2.0)})
+        figure = fractals.render(bare, [1], 48)[0]  # white on black: how much of each pixel it covers
+        assert torch.equal(picture[:, figure[0] == 0], first[:, figure[0] == 0])
+        solid = figure[0] > 0.999
+        assert solid.any()
+        torch.testing.assert_close(picture[:, solid], second[:, solid], atol=2e-3, rtol=0)
+
+
+def test_targets_are_even_over_the_classes_of_a_picture():
+    shares = even_shares(torch.tensor([[2, -1, -1], [0, 3, -1], [1, 4, 0]]), 5)
+    expected = [[0, 0, 1, 0, 0], [1 / 2, 0, 0, 1 / 2, 0], [1 / 3, 1 / 3, 0, 0, 1 / 3]]
+    torch.testing.assert_close(shares, torch.tensor(expected))
+
+
 def test_pictures_show_figures_of_every_kind():
     source = FractalSource.of(1000, fixed=True, side=64)
     pictures = source.draw([(number, 0) for number in range(0, 1000, 5)], 64, CPU)
@@ -122,9 +160,28 @@ def test_a_run_that_is_cut_and_resumed_ends_as_one_that_is_not(tmp_path, capsys)
     assert (whole / "report.html").exists()
 
 
+@pytest.mark.usefixtures("_short")
+def test_a_run_on_several_fractals_goes_on_from_one_on_single_ones(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["pretrain", "--samples", "128", "--run", str(first), *TINY]) == 0
+    asked, spread = [], even_shares
+    monkeypatch.setattr("glattn.training.build.even_shares", lambda *a: asked.append(spread(*a)) or asked[-1])
+    start = f"checkpoint={first / 'best' / 'model.safetensors'}"
+    arguments = ["pretrain", "--samples", "128", "--run", str(second), *TINY, start, "instances=3", "lr=1e-9"]
+    assert main(arguments) == 0
+    states = [load_file(run / "best" / "model.safetensors") for run in (first, second)]
+    torch.testing.assert_close(states[0]["head.fc.weight"], states[1]["head.fc.weight"], atol=1e-4, rtol=0)
+    assert [tuple(shares.shape) for shares in asked] == [(32, 1000)] * 4
+    several = torch.cat(asked).gt(0).sum(1)
+    assert set(several.tolist()) == {1, 2, 3}
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
+        (["instances=0"], "1 to 16"),
+        (["instances=2", "cutmix=1"], "cutmix=0"),
+        (["instances=2", "loss=bce"], "cross_entropy"),
         (["--samples", "75000"], "50000"),
         (["--samples", "50000", "--epochs", "3"], "both"),
         (["image_size=0"], "image_size"),

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -75,7 +76,7 @@ def pretrained(run: Path) -> torch.nn.Module:
     return model
 
 
-def test_a_start_is_the_same_function_of_smaller_kernels(tmp_path):
+def test_a_start_is_the_same_function_of_smaller_kernels(tmp_path, monkeypatch):
     model = pretrained(tmp_path / "run")
     started = make_weights.start(tmp_path / "run")
     image = torch.randn(2, 3, 64, 64)
@@ -83,6 +84,9 @@ def test_a_start_is_the_same_function_of_smaller_kernels(tmp_path):
     sizes = {name: p.norm() for name, p in started.named_parameters() if p.ndim == 4}
     grown = dict(model.named_parameters())
     assert len(sizes) > 5
+    monkeypatch.setattr(sys, "argv", ["make_weights.py", str(tmp_path / "run"), "--to", str(tmp_path / "start")])
+    assert make_weights.main() == 0
+    assert all(torch.equal(value, started.state_dict()[key]) for key, value in load_file(tmp_path / "start").items())
     assert all(size < 0.9 * grown[name].norm() for name, size in sizes.items())
 
 

@@ -34,6 +34,7 @@ class TrainConfig:
     )
     train_split: str = option("train", "name of the training split")
     val_split: str = option("validation", "name of the validation split (a folder val/ or validation/)")
+    instances: int = option(1, "with dataset=fractals: a training picture shows 1 to so many fractals")
     val_fraction: float = option(0.2, "share held out, stratified and seeded, where there is no validation split")
     partial_val: bool = option(False, "allow classes without validation images")
     bad_images: Literal["skip", "refuse"] = option(
@@ -128,6 +129,8 @@ class TrainConfig:
                     raise ValueError(f"{name}={value} is out of range: allowed is {low:g} to {high:g}")
         if self.resume not in ("", "auto"):
             raise ValueError(f"resume={self.resume!r}: allowed is 'auto' or nothing")
+        if self.instances > 1 and self.dataset != "fractals":
+            raise ValueError(f"instances={self.instances}: only pictures of dataset=fractals show several classes")
 
     @classmethod
     def read(
@@ -168,6 +171,7 @@ _INFINITY = float("inf")
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("drop_rate drop_path_rate label_smoothing hflip vflip random_erase mixup_prob distill_weight", 0, 1),
     ("val_fraction", 0.001, 0.9),
+    ("instances", 1, 16),
     ("crop_scale crop_ratio crop_pct", 0.01, 1),
     ("ema_decay layer_decay", 0, 1),
     ("epochs batch_size accumulate keep image_size early_stop", 1, _INFINITY),

@@ -25,6 +25,8 @@ SAMPLES = 50_000  # an epoch's training images
 HELD_OUT = 2_000  # validation images: two a class, the same every time
 SETTLING, STEPS = 12, 16  # steps of a walk before its points count, and that count
 CHAINS = 256  # walks at once, for 64 x 64 pixels: 4096 points; as many a pixel at other sizes
+CROWD_CHAINS = 160  # where pictures show several: each is smaller
+ALONE, CROWDED = (0.8, 1.6, 0.3), (0.35, 1.0, 0.6)  # least and largest scale, largest shift: half a picture's side is 1
 _DIGITS = 5  # decimals of the table: coarser than the last bits in which machines differ
 
 
@@ -125,7 +127,7 @@ class Draws:
         maps: Its system, one map of it scaled by U(0.85, 1.05), though never to expand: ``(B, 4, 6)``.
         shares: See `walk`.
         steps: See `walk`.
-        pose: Turn or flip (0 to 7), scale of U(0.8, 1.6), shift of U(-0.3, 0.3) twice: ``(B, 4)``.
+        pose: Turn or flip (0 to 7), scale, shift along both axes, see `ALONE`, `CROWDED`: ``(B, 4)``.
         colours: Two of the figure's: ``(B, 2, 3)``.
         noise: Of the ground, and of the figure's shading: ``(B, 4, 5, 5)``.
         mono: 0: in colour (70%); 1: black on white; 2: white on black: ``(B,)``.
@@ -141,20 +143,34 @@ class Draws:
 
     @classmethod
     def of(
-        cls, maps: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], *, side: int, device: torch.device
+        cls,
+        maps: Sequence[np.ndarray],
+        seeds: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        *,
+        side: int,
+        device: torch.device,
+        chains: int = CHAINS,
     ) -> Draws:
-        """Draw for pictures of these systems, of ``side`` pixels."""
-        chains = max(CHAINS * side**2 // 64**2, 16)
+        """Draw for fractals of these systems, in pictures of ``side`` pixels.
+
+        Args:
+            counts: Fractals of each picture, which come one after another.
+            chains: Walks at once, for 64 x 64 pixels.
+        """
+        chains = max(chains * side**2 // 64**2, 16)
+        crowded = [count > 1 for count in counts for _ in range(count)]
         drawn: list[list[np.ndarray]] = [[] for _ in range(5)]
         changed = []
-        for rows, seed in zip(maps, seeds, strict=True):
+        for rows, seed, among_others in zip(maps, seeds, crowded, strict=True):
+            least, largest, shift = CROWDED if among_others else ALONE
             rng = np.random.default_rng(seed)
             number, factor = rng.integers(len(rows)), rng.uniform(0.85, 1.05)
             changed.append(rows.copy())
             changed[-1][number, :4] *= min(factor, 0.99 / np.linalg.norm(rows[number, :4].reshape(2, 2), 2))
             values = (
                 rng.random((SETTLING + STEPS, chains), dtype=np.float32),
-                np.array([rng.integers(8), rng.uniform(0.8, 1.6), *rng.uniform(-0.3, 0.3, size=2)]),
+                np.array([rng.integers(8), rng.uniform(least, largest), *rng.uniform(-shift, shift, size=2)]),
                 rng.uniform(size=(2, 3)),
                 rng.uniform(size=(4, 5, 5)),
                 rng.choice(3, p=(0.7, 0.15, 0.15)),
@@ -166,8 +182,14 @@ class Draws:
         return cls(*tables, *stacked)
 
 
-def render(draws: Draws, side: int) -> Tensor:
-    """Return pictures, ``(B, 3, side, side)`` in [0, 1], on the draws' device."""
+def render(draws: Draws, counts: Sequence[int], side: int) -> Tensor:
+    """Return pictures, ``(B, 3, side, side)`` in [0, 1], on the draws' device.
+
+    Args:
+        draws: Of all fractals.
+        counts: Fractals of each picture, which come one after another: each is drawn over those before it, on the
+            first one's ground, in its colours unless the first one's picture has none.
+    """
     points, _ = fitted(walk(draws.maps, draws.shares, draws.steps))
     kind = draws.pose[:, 0].long()[:, None, None]
     points = torch.where(kind % 2 == 1, points.flip(-1), points)
@@ -181,7 +203,13 @@ def render(draws: Draws, side: int) -> Tensor:
     smooth = F.interpolate(draws.noise, size=(side, side), mode="bilinear", align_corners=True)
     first, second = draws.colours[:, :, :, None, None].unbind(1)
     ink, ground = torch.lerp(first, second, smooth[:, 3:]), smooth[:, :3]
-    mono = draws.mono[:, None, None, None]
-    ink = torch.where(mono == 0, ink, (mono - 1).expand_as(ink))
-    ground = torch.where(mono == 0, ground, (2 - mono).expand_as(ground))
-    return torch.lerp(ground, ink, figure)
+    shown = torch.tensor(counts, device=points.device)
+    first = shown.cumsum(0) - shown
+    mono = draws.mono[first][:, None, None, None]
+    picture = torch.where(mono == 0, ground[first], 2 - mono)
+    for place in range(max(counts)):
+        has = (shown > place).nonzero().squeeze(1)
+        fractal = first[has] + place
+        colour = torch.where(mono[has] == 0, ink[fractal], mono[has] - 1)
+        picture[has] = torch.lerp(picture[has], colour, figure[fractal])
+    return picture

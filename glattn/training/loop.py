@@ -200,8 +200,9 @@ class Trainer:
             bar.update(progress.step * size)
             for number, (images, places) in enumerate(self.train_loader, progress.step * parts):
                 data.seed_everything(self.config.seed, progress.epoch, number, accelerator.process_index)
-                self.seen.append(places[:, 1:])
-                images, targets = self.augment(images, places[:, 0], progress.epoch)
+                self.seen.append(places[:, 1:3])
+                classes = torch.cat([places[:, :1], places[:, 3:]], dim=1)
+                images, targets = self.augment(images, classes, progress.epoch)
                 with accelerator.accumulate(self.task.trainable_module):
                     with accelerator.autocast():
                         loss = self.task(images.to(memory_format=memory_format), targets)["loss"]

@@ -27,27 +27,47 @@ class FractalSource(Source):
     Args:
         maps: The system of each class.
         fixed: Draw picture ``i`` always the same, as for validation, and not by the seed that comes with it.
+        instances: Fractals in a picture at most.
         side: Side of the pictures that `read` gives, in pixels.
     """
 
     maps: tuple[np.ndarray, ...]
     fixed: bool
+    instances: int
     side: int
 
     @classmethod
-    def of(cls, count: int, *, fixed: bool, side: int) -> FractalSource:
+    def of(cls, count: int, *, fixed: bool, side: int, instances: int = 1) -> FractalSource:
         """Return this many pictures."""
         maps = tuple(fractals.read_table())
         numbers = np.arange(count)
         names = tuple(f"fractal{number:04d}" for number in range(len(maps)))
-        return cls(None, numbers, numbers % len(maps), names, maps, fixed, side)
+        return cls(None, numbers, numbers % len(maps), names, maps, fixed, instances, side)
 
     def draw(self, places: Iterable[tuple[int, int]], side: int, device: torch.device) -> Tensor:
         """Return the pictures of some (index, seed) pairs, ``(B, 3, side, side)`` in [0, 1]."""
-        maps, seeds = zip(
-            *((self.maps[self.targets[i]], [1, i] if self.fixed else [0, i, seed]) for i, seed in places), strict=True
+        places = list(places)
+        shown = [self.classes(*place) for place in places]
+        counts = [len(classes) for classes in shown]
+        seeds = [
+            [*([1, i] if self.fixed else [0, i, seed]), *([number] if number else [])]
+            for (i, seed), count in zip(places, counts, strict=True)
+            for number in range(count)
+        ]
+        maps = [self.maps[number] for classes in shown for number in classes]
+        chains = fractals.CHAINS if self.instances == 1 else fractals.CROWD_CHAINS
+        return fractals.render(
+            fractals.Draws.of(maps, seeds, counts, side=side, device=device, chains=chains), counts, side
         )
-        return fractals.render(fractals.Draws.of(maps, seeds, side=side, device=device), side)
+
+    def classes(self, index: int, seed: int) -> list[int]:
+        """Return the classes that a picture shows: its own, and 0 to `instances` - 1 others."""
+        own = int(self.targets[index])
+        if self.instances == 1:
+            return [own]
+        rng = np.random.default_rng([2, index, 0 if self.fixed else seed])
+        others = rng.choice(len(self.maps) - 1, rng.integers(self.instances), replace=False)
+        return [own, *(int(number + (number >= own)) for number in others)]
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return picture number `index`, and its class."""
@@ -65,7 +85,7 @@ class FractalSource(Source):
 
 
 class FractalLoader:
-    """Normalised (pictures, [class, asked, given]), a batch at a time.
+    """Normalised (pictures, [class, asked, given, further classes or -1]), a batch at a time.
 
     Args:
         source: What to draw.
@@ -88,22 +108,27 @@ class FractalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for places in self.batches:
             pictures = (self.source.draw(places, self.side, self.device) - self.mean) / self.std
-            numbers = torch.tensor([[self.source.targets[i], i, i] for i, _ in places], device=self.device)
-            yield pictures, numbers
+            numbers = torch.full((len(places), 2 + self.source.instances), -1)
+            for row, (i, seed) in zip(numbers, places, strict=True):
+                own, *others = self.source.classes(i, seed)
+                row[: 3 + len(others)] = torch.tensor([own, i, i, *others])
+            yield pictures, numbers.to(self.device)
 
 
 def open_fractals(config: TrainConfig) -> tuple[FractalSource, FractalSource]:
     """Return an epoch's training pictures, new ones in every epoch, and those to validate on, always the same.
 
     Raises:
-        ValueError: Images are given too, or no size.
+        ValueError: Images are given too, or no size; or a loss or mixing that takes one class a picture.
     """
     if config.data:
         raise ValueError(f"data={config.data!r} with dataset=fractals: fractals are drawn, not read; leave data out")
     if config.image_size is None:
         raise ValueError("dataset=fractals needs a size to draw at, such as image_size=64")
+    if config.instances > 1 and (config.loss != "cross_entropy" or config.mixup or config.cutmix):
+        raise ValueError(f"instances={config.instances} needs loss=cross_entropy, mixup=0 and cutmix=0")
     return (
-        FractalSource.of(fractals.SAMPLES, fixed=False, side=config.image_size),
+        FractalSource.of(fractals.SAMPLES, fixed=False, side=config.image_size, instances=config.instances),
         FractalSource.of(fractals.HELD_OUT, fixed=True, side=config.image_size),
     )
 
