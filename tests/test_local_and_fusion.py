@@ -330,6 +330,13 @@ def test_a_model_of_any_fusion_local_branch_and_context_folds(local, fusion, con
         close(reparameterize_model(model)(x), model(x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_without_running_statistics_the_batch_has_its_own(training):
+    mine, theirs = (kind(3, track_running_stats=False).train(training) for kind in (BatchNorm2d, nn.BatchNorm2d))
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(mine(x), theirs(x))
+
+
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])
 def test_running_statistics_follow_the_momentum(momentum):
     mine, theirs = BatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)

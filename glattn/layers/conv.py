@@ -23,7 +23,7 @@ def batch_norm(
     eps: float,
 ) -> Tensor:
     """Batch normalisation that takes its running statistics where a channel has a single value, even in training."""
-    batch_statistics = training and x.numel() > x.shape[1]
+    batch_statistics = running_mean is None or (training and x.numel() > x.shape[1])
     return F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
 
 
