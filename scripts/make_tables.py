@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import timm
+from make_weights import BEFORE
 from transfer import TASKS
 
 from glattn.benchmark.contestant import split_options
@@ -256,8 +257,22 @@ def pretraining(folder: str) -> str:
     return markdown(("run", "pictures", "top-1 on held-out fractals"), rows)
 
 
-def when_it_helps(model: str) -> str:
-    """Return, for a card, what a model gained by its weights on each task."""
+def started(folder: Path) -> str:
+    """Return, for a card, what run the one recorded started from: "" if from none."""
+    if not (folder / BEFORE).is_dir():
+        return ""
+    then, now = read_record(folder / BEFORE), read_record(folder)
+    assert then.seen
+    assert now.seen
+    return f"""The run below started from the weights of another one: `{then.command}`, {then.seen:,} pictures,
+{then.hours:.1f} hours of steps, seed {then.seed}, commit {then.environment["commit"]} ([record]({BEFORE})); so
+{then.seen + now.seen:,} pictures in all.
+
+"""
+
+
+def when_it_helps(model: str, folder: Path) -> str:
+    """Return, for a card, what a model gained by its weights on each task, and how they began."""
     compared, arms = transferred()
     rows = []
     for (task, other), row in compared.items():
@@ -268,7 +283,7 @@ def when_it_helps(model: str) -> str:
 pictures of 64 x 64 pixels; any other size works. After training, kernels in front of a batch norm were scaled down to
 the size of a new model's, which changes no output: the rates that train a new model then move them as far.
 
-## When it helps
+{started(folder)}## When it helps
 
 Top-1 after fine-tuning by one recipe, the rate chosen for each start (`scripts/transfer.py`, `docs/results.md`). Where
 the interval holds zero, no gain is shown; it is of resampled tests, and leaves out what another seed would change.
@@ -278,11 +293,12 @@ the interval holds zero, no gain is shown; it is of resampled tests, and leaves 
 
 def card(name: str) -> str:
     """Return the card of weights that the package carries, ``VARIANT.TAG``."""
-    record = read_record(ROOT / "docs" / "weights" / name)
+    folder = ROOT / "docs" / "weights" / name
+    record = read_record(folder)
     model = timm.create_model(name, pretrained=True)
-    with tempfile.TemporaryDirectory() as folder:
-        config = save_config(model, Path(folder) / "config.json")
-    record = dataclasses.replace(record, notes=when_it_helps(name.partition(".")[0]))
+    with tempfile.TemporaryDirectory() as temporary:
+        config = save_config(model, Path(temporary) / "config.json")
+    record = dataclasses.replace(record, notes=when_it_helps(name.partition(".")[0], folder))
     return model_card(model, f"{HUB}/{name}", config, record)
 
 

@@ -8,6 +8,7 @@ record and from what the weights gain (transfer.py).
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from glattn.training.pretrain import FractalSource
 from glattn.training.validation import predict_source
 
 ROOT = Path(__file__).resolve().parents[1]
+BEFORE = "before"  # folder of the record of the run that it started from
 RECORD = ("config.yaml", "environment.json", "metrics.csv", "curve.png")
 
 
@@ -83,6 +85,7 @@ def main() -> int:
         description=__doc__.partition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__
     )
     parser.add_argument("run", type=Path, help="run folder of `glattn pretrain`")
+    parser.add_argument("--after", type=Path, metavar="RUN", help="run that this one started from, for the record")
     parser.add_argument("--to", type=Path, metavar="FILE", help="write the weights there, and nothing into the package")
     args = parser.parse_args()
     try:
@@ -97,17 +100,20 @@ def main() -> int:
         if model.pretrained_cfg.get("label_names") != list(cfg.label_names):
             raise ValueError(f"{args.run}: its classes are not the {len(cfg.label_names)} fractals of {name}.{cfg.tag}")
         best = json.loads((args.run / "best" / "metrics.json").read_text())
-        absent = [file for file in RECORD if not (args.run / file).is_file()]
-        if absent:
-            raise FileNotFoundError(f"{args.run}: no {absent[0]}; is it a run folder of `glattn pretrain`?")
+        record = ROOT / "docs" / "weights" / f"{name}.{cfg.tag}"
+        records = {record: args.run, **({record / BEFORE: args.after} if args.after else {})}
+        for run in records.values():
+            if absent := [file for file in RECORD if not (run / file).is_file()]:
+                raise FileNotFoundError(f"{run}: no {absent[0]}; is it a run folder of `glattn pretrain`?")
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.data = parameter.data.half()
         save_weights(model, cfg.file)
         shipped = measure(timm.create_model(name, pretrained=True))
-        record = ROOT / "docs" / "weights" / f"{name}.{cfg.tag}"
-        for file in RECORD:
-            copy_file(args.run / file, record / file)
+        shutil.rmtree(record / BEFORE, ignore_errors=True)
+        for folder, run in records.items():
+            for file in RECORD:
+                copy_file(run / file, folder / file)
         text = json.dumps({"epoch": best["epoch"], **shipped}, indent=2) + "\n"
         write_text(record / "best" / "metrics.json", text)
     except (ValueError, OSError) as error:

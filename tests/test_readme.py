@@ -1,5 +1,6 @@
 """README: its code runs, its commands exist, its tables are what the models say."""
 
+import json
 import re
 import shlex
 import sys
@@ -28,6 +29,27 @@ def test_its_tables_are_generated():
     filled = make_tables.fill(filled, "variants", make_tables.variants())
     assert filled == README, "run `make tables`"
     assert make_tables.measured() == (ROOT / "docs" / "results.md").read_text(), "run `make tables`"
+
+
+def test_cards_are_generated():
+    folders = [path for path in (ROOT / "docs" / "weights").iterdir() if path.is_dir()]
+    assert folders
+    for folder in folders:
+        assert (folder / "README.md").read_text() == make_tables.card(folder.name), "run `make tables`"
+
+
+def test_a_card_names_the_run_that_the_weights_started_from(tmp_path):
+    for folder, command, epochs in ((tmp_path, "glattn pretrain b", 1), (tmp_path / "before", "glattn pretrain a", 3)):
+        folder.mkdir(exist_ok=True)
+        environment = {"command": command, "commit": "c0", "images_per_epoch": 7200}
+        (folder / "environment.json").write_text(json.dumps(environment))
+        (folder / "config.yaml").write_text("seed: 5\n")
+        (folder / "metrics.csv").write_text("images_per_second\n" + "2\n" * epochs)
+    said = make_tables.started(tmp_path)
+    assert "`glattn pretrain a`, 21,600 pictures,\n3.0 hours" in said
+    assert "seed 5, commit c0" in said
+    assert "28,800 pictures in all" in said
+    assert make_tables.started(tmp_path / "before") == ""
 
 
 def test_its_commands_exist():

@@ -57,7 +57,7 @@ def describe_environment(device: str, processes: int) -> dict[str, Any]:
 
     versions = {m.__name__: m.__version__ for m in (glattn, torch, torchvision, timm, accelerate, np)}
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name.replace("__main__.py", "glattn"), *sys.argv[1:]],  # python -m glattn
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit(40) or None,
