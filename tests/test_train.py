@@ -462,13 +462,13 @@ def test_mixing_mixes_until_it_is_switched_off(option, images):
     augment = build.BatchAugment(config, 3, CPU)
     x, targets = torch.rand(7, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2, 0])  # an odd number
     torch.manual_seed(0)
-    mixed, soft = augment(x.clone(), targets, 1)
+    mixed, soft = augment(x.clone(), targets[:, None], 1)
     assert mixed.shape == x.shape
     assert soft.shape == (7, 3)
     assert torch.allclose(soft.sum(1), torch.ones(7))
     assert ((soft > 0.01) & (soft < 0.99)).any()
     assert not torch.equal(mixed, x)
-    plain, hard = augment(x.clone(), targets, 2)
+    plain, hard = augment(x.clone(), targets[:, None], 2)
     assert torch.equal(plain, x)
     assert torch.equal(hard.argmax(1), targets)
     assert hard.max() > 0.999
@@ -477,7 +477,7 @@ def test_mixing_mixes_until_it_is_switched_off(option, images):
 def test_random_erasing_erases():
     augment = build.BatchAugment(TrainConfig(**QUICK, random_erase=1.0), 3, CPU)
     x = torch.zeros(4, 3, 32, 32)
-    erased, _ = augment(x.clone(), torch.zeros(4, dtype=torch.long), 0)
+    erased, _ = augment(x.clone(), torch.zeros(4, 1, dtype=torch.long), 0)
     assert (erased != 0).any(dim=(1, 2, 3)).all()
 
 
