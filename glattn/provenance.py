@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def commit(digits: int) -> str:
-    """Return the commit of the checkout that this package lies in, "-dirty" behind it if files were changed since.
+    """Return the last commit that changed this package, "-dirty" behind it if its files are not as committed.
 
     Nothing for an installed package, whatever repository lies around the environment, and where there is no git.
     """
@@ -21,6 +21,7 @@ def commit(digits: int) -> str:
     try:
         if not git("ls-files", Path(__file__).name):
             return ""
-        return git("describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*")
+        changed = git("status", "--porcelain", "--", ".")
+        return git("log", "-1", f"--abbrev={digits}", "--format=%h", "--", ".") + ("-dirty" if changed else "")
     except FileNotFoundError:
         return ""

@@ -68,6 +68,8 @@ COLUMNS = (
 def accuracy(args: argparse.Namespace, models: list[str], asked: list[str]) -> dict[str, Row]:
     """Train the designs that are asked for; return accuracy, and its difference from the first's, of all that are done.
 
+    Each is of the seeds that the design and the first have in common.
+
     Args:
         models: All designs.
         asked: Those to train, if there is time.
@@ -77,17 +79,21 @@ def accuracy(args: argparse.Namespace, models: list[str], asked: list[str]) -> d
         SimpleNamespace(**settings, runs=args.runs, out=args.out, minutes=args.minutes, settings=args.settings)
     )
     proxies.run()
-    proxies.args.models = models
-    found = {row["other"]: row for row in proxies.compare()}
-    for model in proxies.done:
-        tests = [float(row["test_top1"]) for row in proxies.chosen(model).values()]
-        row = found.setdefault(model, dict.fromkeys(("points", "low", "high", "verdict"), ""))
-        row |= {"test_top1": f"{sum(tests) / len(tests):.2f}", "seeds": str(len(tests)), "settings": proxies.settings}
+    first, found = proxies.chosen(models[0]), {}
+    for model in models:
+        runs = proxies.chosen(model)
+        if seeds := first.keys() & runs.keys():
+            nothing = dict.fromkeys(("points", "low", "high", "verdict"), "")
+            difference = proxies.comparison(models[0], model) if model != models[0] else None
+            tests = [float(runs[seed]["test_top1"]) for seed in seeds]
+            found[model] = (difference or nothing) | {
+                "test_top1": f"{sum(tests) / len(tests):.2f}", "seeds": str(len(tests)), "settings": proxies.settings,
+            }  # fmt: skip
     return found
 
 
 def speed(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
-    """Return each design's row of a benchmark here, at 224 pixels, batch 8; what the file holds is not measured again.
+    """Return each design's row of a benchmark here, at 224 pixels, batch 8; rows of this commit are not made again.
 
     Raises:
         ValueError: A design could not be measured.
@@ -134,7 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the recipe, for all designs alike")
     parser.add_argument("--model", default="glattn_atto", help="whose mechanisms are switched (%(default)s)")
-    parser.add_argument("--only", nargs="+", choices=list(DESIGNS)[1:], help="mechanisms to train (all)")
+    parser.add_argument("--only", nargs="+", choices=list(DESIGNS)[1:], help="mechanisms to train (default: all)")
     parser.add_argument("--data", type=Path, default=Path("data/icons100"), help="folder with train, val, test")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

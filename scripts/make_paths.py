@@ -146,7 +146,7 @@ def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> No
             for index in tqdm(range(count), desc=f"drawing {split}", leave=False, disable=None):
                 rng = np.random.default_rng([seed, number, index])  # each image by itself: any count, the same images
                 label = "joined" if index % 2 else "apart"
-                image(rng, label == "joined", pixels).save(root / split / label / f"{index:06d}.png")
+                image(rng, label == "joined", pixels).save(root / split / label / f"{seed}-{index:06d}.png")
 
 
 def main() -> int:

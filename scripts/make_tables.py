@@ -185,13 +185,13 @@ def drawings(folder: str, size: str) -> str:
     for row in read(f"{folder}/runs.csv"):
         if row["chosen"] != "no":  # empty: not all runs of the model are done
             by_model.setdefault(row["model"], []).append(row)
-    compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv")}
+    mine = f"glattn_{size}"
+    compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv") if row["model"] == mine}
     speeds = {
         row["model"]: row["ratio"]
         for row in read(f"speed-{size}/rows.csv")
         if (row["task"], row["batch"]) == ("infer", "8")
     }
-    mine = f"glattn_{size}"
     head = ("model", "parameters (M)", "speed at 224", "lr", "top-1 by seed", f"`{mine}` less this", "95%", "")
     rows = []
     for name, runs in sorted(by_model.items(), key=lambda item: -float(speeds.get(item[0]) or 0)):
@@ -221,12 +221,18 @@ def ablation() -> str:
 def transferred(
     folder: str = "transfer",
 ) -> tuple[dict[tuple[str, str], dict[str, str]], dict[tuple[str, str], list[dict[str, str]]]]:
-    """Return what transfer.py found by task and arm: the comparison with the first arm; the runs at the chosen rate."""
+    """Return what transfer.py found by task and arm: the comparison with the first one's; the runs at the chosen rate.
+
+    The first arm is that of the first comparison of the first task.
+    """
     compared: dict[tuple[str, str], dict[str, str]] = {}
     arms: dict[tuple[str, str], list[dict[str, str]]] = {}
+    first = ""
     for task in TASKS:
         if (ROOT / "docs" / "results" / folder / task / "comparisons.csv").exists():
-            compared |= {(task, row["other"]): row for row in read(f"{folder}/{task}/comparisons.csv")}
+            rows = read(f"{folder}/{task}/comparisons.csv")
+            first = first or rows[0]["model"]
+            compared |= {(task, row["other"]): row for row in rows if row["model"] == first}
             for row in read(f"{folder}/{task}/runs.csv"):
                 if row["chosen"] == "yes":
                     arms.setdefault((task, row["model"]), []).append(row)
@@ -262,8 +268,8 @@ def started(folder: Path) -> str:
     if not (folder / BEFORE).is_dir():
         return ""
     then, now = read_record(folder / BEFORE), read_record(folder)
-    assert then.seen
-    assert now.seen
+    if not then.seen or not now.seen or not then.hours:
+        raise ValueError(f"{folder}: its record, or the one before, does not say how many pictures were seen")
     return f"""The run below started from the weights of another one: `{then.command}`, {then.seen:,} pictures,
 {then.hours:.1f} hours of steps, seed {then.seed}, commit {then.environment["commit"]} ([record]({BEFORE})); so
 {then.seen + now.seen:,} pictures in all.

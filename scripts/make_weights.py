@@ -19,7 +19,7 @@ from torch import nn
 
 import glattn
 from glattn.benchmark.folding import observe
-from glattn.files import copy_file, write_text
+from glattn.files import replacing, write_text
 from glattn.models.weights import save_weights
 from glattn.training.fractals import HELD_OUT
 from glattn.training.pretrain import FractalSource
@@ -85,8 +85,9 @@ def main() -> int:
         description=__doc__.partition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__
     )
     parser.add_argument("run", type=Path, help="run folder of `glattn pretrain`")
-    parser.add_argument("--after", type=Path, metavar="RUN", help="run that this one started from, for the record")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="write the weights there, and nothing into the package")
+    aim = parser.add_mutually_exclusive_group()
+    aim.add_argument("--after", type=Path, metavar="RUN", help="run that this one started from, for the record")
+    aim.add_argument("--to", type=Path, metavar="FILE", help="write the weights there, and nothing into the package")
     args = parser.parse_args()
     try:
         model = start(args.run)
@@ -105,15 +106,17 @@ def main() -> int:
         for run in records.values():
             if absent := [file for file in RECORD if not (run / file).is_file()]:
                 raise FileNotFoundError(f"{run}: no {absent[0]}; is it a run folder of `glattn pretrain`?")
+        # read before any is written: --after may name what is there
+        kept = {folder / file: (run / file).read_bytes() for folder, run in records.items() for file in RECORD}
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.data = parameter.data.half()
         save_weights(model, cfg.file)
         shipped = measure(timm.create_model(name, pretrained=True))
         shutil.rmtree(record / BEFORE, ignore_errors=True)
-        for folder, run in records.items():
-            for file in RECORD:
-                copy_file(run / file, folder / file)
+        for path, content in kept.items():
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
         text = json.dumps({"epoch": best["epoch"], **shipped}, indent=2) + "\n"
         write_text(record / "best" / "metrics.json", text)
     except (ValueError, OSError) as error:

@@ -54,10 +54,10 @@ class Proxies:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.out, self.runs = args.out / args.data.name, args.runs / args.data.name
+        self.images, self.digest = survey(self.source)
+        self.out, self.runs = args.out / args.data.name, args.runs / f"{args.data.name}-{self.digest}"
         self.runs.mkdir(parents=True, exist_ok=True)
         self.path = self.out / "runs.csv"
-        self.images, self.digest = survey(self.source)
         self.rows = read_csv(self.path)
         if strange := sum(row.get("digest") != self.digest for row in self.rows):
             raise ValueError(f"{self.path}: {strange} rows are of other images than {self.source}; give another --out")
@@ -68,7 +68,7 @@ class Proxies:
         for model in self.args.models:
             there = self.rows_of(model)
             first = int(there[0]["seed"]) if there else self.args.seeds[0]
-            if None in [self.one(model, lr, first) for lr in self.args.lr]:
+            if not all(self.one(model, lr, first) for lr in self.args.lr):
                 return False
             tried = [row for row in self.rows_of(model) if int(row["seed"]) == first]
             best = max(tried, key=lambda row: (float(row["val_top1"]), -float(row["lr"])))

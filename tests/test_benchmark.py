@@ -21,8 +21,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _small_yardstick(monkeypatch):
+def _small_yardstick_and_a_clean_checkout(monkeypatch):
     monkeypatch.setitem(machine._SIDE, "cpu", 128)
+    monkeypatch.setattr(machine, "commit", lambda digits: "c0")
 
 
 def test_macs_of_a_transformer_are_the_analytic_ones():
@@ -228,8 +229,10 @@ def test_a_case_that_lacks_a_model_is_measured_whole(tmp_path):
     assert [row["torch"] == "1.0" for row in _rows(tmp_path)] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("changed", [{"commit": "0123456789ab"}, {"baseline": "test_vit"}])
-def test_resume_keeps_no_row_of_other_code_or_another_baseline(changed, tmp_path):
+@pytest.mark.parametrize("changed", [{"commit": "0123456789ab"}, {"glattn": "0.0"}, {"commit": "c0-dirty"}])
+def test_resume_keeps_no_row_of_other_code(changed, tmp_path, monkeypatch):
+    if "c0-dirty" in changed.values():  # code that nobody can get again
+        monkeypatch.setattr(machine, "commit", lambda digits: "c0-dirty")
     assert _run(tmp_path) == 0
     first = _rows(tmp_path)
     rows.write(tmp_path / "rows.csv", [row | changed for row in first])
@@ -238,6 +241,16 @@ def test_resume_keeps_no_row_of_other_code_or_another_baseline(changed, tmp_path
     assert [row["model"] for row in again] == [row["model"] for row in first]
     assert all(row[name] == old[name] for row, old in zip(again, first, strict=True) for name in changed)
     assert again[0]["milliseconds"] != first[0]["milliseconds"]
+
+
+def test_rows_of_another_baseline_are_not_written_over(tmp_path, capsys):
+    assert _run(tmp_path) == 0
+    first = _rows(tmp_path)
+    assert main(["benchmark", "test_resnet", "--out", str(tmp_path), *SHORT, "--resume"]) == 1
+    assert "ratios of test_glattn are to test_glattn; give another --out" in capsys.readouterr().err
+    assert _rows(tmp_path) == first
+    assert _run(tmp_path, "--resume", "--baseline", "test_resnet") == 0  # all of the case: measured anew
+    assert [row["baseline"] for row in _rows(tmp_path)] == ["test_resnet"] * 2
 
 
 def test_a_model_that_cannot_fold_itself_is_measured_all_the_same(monkeypatch):

@@ -1,4 +1,4 @@
-"""Paths: labels against a flood fill, balance, no shortcut by distance, and the same images from the same seed."""
+"""Paths: labels against a flood fill, balance, no shortcut by marks or ink, and the same images from the same seed."""
 
 import sys
 from pathlib import Path

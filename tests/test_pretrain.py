@@ -99,14 +99,16 @@ def test_fractals_are_drawn_one_over_the_other(table):
     two = fractals.Draws.of([table[1], table[2]], seeds, [2], side=48, device=CPU)
     for mono, lone in ((0, 0), (1, 1), (2, 2)):
         two.mono[:] = torch.tensor([mono, 0])
-        picture = fractals.render(two, [2], 48)[0]
+        picture = fractals.render(two, 48)[0]
+        columns = {name: value for name, value in vars(two).items() if name != "counts"}
         parts = [
-            fractals.Draws(**{name: value[n : n + 1].clone() for name, value in vars(two).items()}) for n in range(2)
+            fractals.Draws(**{name: value[n : n + 1].clone() for name, value in columns.items()}, counts=[1])
+            for n in range(2)
         ]
         parts[1].mono[:] = lone
-        first, second = (fractals.render(part, [1], 48)[0] for part in parts)
+        first, second = (fractals.render(part, 48)[0] for part in parts)
         bare = fractals.Draws(**vars(parts[1]) | {"colours": torch.ones(1, 2, 3), "mono": torch.full((1,), 2.0)})
-        figure = fractals.render(bare, [1], 48)[0]  # white on black: how much of each pixel it covers
+        figure = fractals.render(bare, 48)[0]  # white on black: how much of each pixel it covers
         assert torch.equal(picture[:, figure[0] == 0], first[:, figure[0] == 0])
         solid = figure[0] > 0.999
         assert solid.any()

@@ -70,7 +70,11 @@ def pretrained(run: Path) -> torch.nn.Module:
                 buffer.copy_(torch.rand_like(buffer) + 0.1)
     config = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
     export(
-        model, run / "best", class_names=("a", "b", "c"), data_config={**config, "crop_pct": 1.0}, metrics={"top1": 1}
+        model,
+        run / "best",
+        class_names=("a", "b", "c"),
+        data_config={**config, "crop_pct": 1.0},
+        metrics={"top1": 1, "epoch": 1},
     )
     (run / "metrics.csv").write_text("epoch,top1\n1,1.0\n")
     return model
@@ -88,6 +92,31 @@ def test_a_start_is_the_same_function_of_smaller_kernels(tmp_path, monkeypatch):
     assert make_weights.main() == 0
     assert all(torch.equal(value, started.state_dict()[key]) for key, value in load_file(tmp_path / "start").items())
     assert all(size < 0.9 * grown[name].norm() for name, size in sizes.items())
+
+
+def test_weights_go_into_the_package_with_the_records_of_both_runs(tmp_path, monkeypatch):
+    for run in ("first", "second", "third"):
+        pretrained(tmp_path / run)
+        for file in make_weights.RECORD:
+            (tmp_path / run / file).write_text(f"{run} {file}")
+    cfg = SimpleNamespace(file=str(tmp_path / "package.safetensors"), label_names=("a", "b", "c"), tag="tag")
+    monkeypatch.setattr(make_weights, "ROOT", tmp_path)
+    monkeypatch.setattr(make_weights, "measure", lambda model: {"top1": 2.0})
+    names = {"get_pretrained_cfg": lambda name: cfg, "create_model": lambda name, pretrained: None}
+    monkeypatch.setattr(make_weights, "timm", SimpleNamespace(**names))
+    record = tmp_path / "docs" / "weights" / "test_resnet.tag"
+
+    def make(*arguments):
+        monkeypatch.setattr(sys, "argv", ["make_weights.py", *map(str, arguments)])
+        assert make_weights.main() == 0
+        assert load_file(cfg.file)["conv1.0.weight"].dtype == torch.float16
+        return [(folder / "metrics.csv").read_text().split()[0] for folder in (record, record / "before")
+                if folder.exists()]  # fmt: skip
+
+    assert make(tmp_path / "first") == ["first"]
+    assert make(tmp_path / "second", "--after", record) == ["second", "first"]
+    assert make(tmp_path / "third", "--after", record / "before") == ["third", "first"]
+    assert make(tmp_path / "first") == ["first"]
 
 
 class Branching(nn.Module):

@@ -39,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", help="model that ratios are to (default: the class's ConvNeXt, or the first)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep rows of this commit and baseline, measure what is missing"
-    )
+    parser.add_argument("--resume", action="store_true", help="keep rows of this commit, measure what is missing")
 
 
 def choose_models(patterns: Sequence[str], sizes: Sequence[str] | None) -> list[str]:

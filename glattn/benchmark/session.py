@@ -46,7 +46,7 @@ class Session:
     """Measures cases and keeps their rows in a file.
 
     Args:
-        path: The CSV file; rows that it holds stay.
+        path: The CSV file; rows that it holds stay, but for those asked for that are of other code or another baseline.
         about: The machine's columns.
         report: Called with what goes on, how much of it is done, and how much there is.
     """
@@ -63,7 +63,16 @@ class Session:
         return time.monotonic() >= self.end
 
     def run(self, names: Sequence[str], cases: Sequence[Case]) -> Iterator[tuple[Case, list[Row]]]:
-        """Yield each case with all its rows once they are in the file; stop where the time is up."""
+        """Yield each case with all its rows once they are in the file; stop where the time is up.
+
+        Raises:
+            ValueError: The file has other models' rows of these cases whose ratios are to another baseline.
+        """
+        there = {table.key(self._head(row["model"], case)) for row in self.rows for case in cases}
+        for row in self.rows:
+            other = row["model"] not in names and row["baseline"] not in ("", self.settings.baseline)
+            if other and table.key(row) in there:
+                raise ValueError(f"{self.path}: ratios of {row['model']} are to {row['baseline']}; give another --out")
         for case in cases:
             wanted = {table.key(self._head(name, case)) for name in names}
             if not wanted <= {table.key(row) for row in self.rows if self._stays(row)}:
@@ -76,8 +85,10 @@ class Session:
             yield case, [row for row in self.rows if table.key(row) in wanted]
 
     def _stays(self, row: Row) -> bool:
-        """Tell whether a row is of this code, and its ratio to this baseline (none: it could not be measured)."""
-        return row["commit"] == self.about["commit"] and row["baseline"] in ("", self.settings.baseline)
+        """Tell whether a row is of this code, for all that is known, and its ratio to this baseline."""
+        if row["commit"].endswith("-dirty") or any(row[name] != self.about[name] for name in ("glattn", "commit")):
+            return False
+        return bool(row["error"]) or row["baseline"] == self.settings.baseline
 
     def _head(self, name: str, case: Case) -> Row:
         peer = PEERS.get(name)

@@ -25,7 +25,6 @@ SAMPLES = 50_000  # an epoch's training images
 HELD_OUT = 2_000  # validation images: two a class, the same every time
 SETTLING, STEPS = 12, 16  # steps of a walk before its points count, and that count
 CHAINS = 256  # walks at once, for 64 x 64 pixels: 4096 points; as many a pixel at other sizes
-CROWD_CHAINS = 160  # where pictures show several: each is smaller
 ALONE, CROWDED = (0.8, 1.6, 0.3), (0.35, 1.0, 0.6)  # least and largest scale, largest shift: half a picture's side is 1
 _DIGITS = 5  # decimals of the table: coarser than the last bits in which machines differ
 
@@ -121,9 +120,10 @@ def fitted(points: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random of a batch of pictures, drawn for each from a seed of its own.
+    """What is random of the fractals of a batch of pictures, drawn for each from a seed of its own.
 
     Args:
+        counts: Fractals of each picture, which come one after another: B in all.
         maps: Its system, one map of it scaled by U(0.85, 1.05), though never to expand: ``(B, 4, 6)``.
         shares: See `walk`.
         steps: See `walk`.
@@ -133,6 +133,7 @@ class Draws:
         mono: 0: in colour (70%); 1: black on white; 2: white on black: ``(B,)``.
     """
 
+    counts: Sequence[int]
     maps: Tensor
     shares: Tensor
     steps: Tensor
@@ -150,15 +151,9 @@ class Draws:
         *,
         side: int,
         device: torch.device,
-        chains: int = CHAINS,
     ) -> Draws:
-        """Draw for fractals of these systems, in pictures of ``side`` pixels.
-
-        Args:
-            counts: Fractals of each picture, which come one after another.
-            chains: Walks at once, for 64 x 64 pixels.
-        """
-        chains = max(chains * side**2 // 64**2, 16)
+        """Draw for fractals of these systems, in pictures of ``side`` pixels."""
+        chains = max(CHAINS * side**2 // 64**2, 16)
         crowded = [count > 1 for count in counts for _ in range(count)]
         drawn: list[list[np.ndarray]] = [[] for _ in range(5)]
         changed = []
@@ -179,16 +174,13 @@ class Draws:
                 column.append(np.asarray(value))
         stacked = [torch.from_numpy(np.stack(column)).float().to(device) for column in drawn]
         tables = [table.to(device) for table in systems(changed, torch.float32)]
-        return cls(*tables, *stacked)
+        return cls(counts, *tables, *stacked)
 
 
-def render(draws: Draws, counts: Sequence[int], side: int) -> Tensor:
-    """Return pictures, ``(B, 3, side, side)`` in [0, 1], on the draws' device.
+def render(draws: Draws, side: int) -> Tensor:
+    """Return pictures, ``(len(counts), 3, side, side)`` in [0, 1], on the draws' device.
 
-    Args:
-        draws: Of all fractals.
-        counts: Fractals of each picture, which come one after another: each is drawn over those before it, on the
-            first one's ground, in its colours unless the first one's picture has none.
+    Each fractal of a picture is drawn over those before it, on the first one's ground; in colour if the first one is.
     """
     points, _ = fitted(walk(draws.maps, draws.shares, draws.steps))
     kind = draws.pose[:, 0].long()[:, None, None]
@@ -203,13 +195,12 @@ def render(draws: Draws, counts: Sequence[int], side: int) -> Tensor:
     smooth = F.interpolate(draws.noise, size=(side, side), mode="bilinear", align_corners=True)
     first, second = draws.colours[:, :, :, None, None].unbind(1)
     ink, ground = torch.lerp(first, second, smooth[:, 3:]), smooth[:, :3]
-    shown = torch.tensor(counts, device=points.device)
-    first = shown.cumsum(0) - shown
-    mono = draws.mono[first][:, None, None, None]
-    picture = torch.where(mono == 0, ground[first], 2 - mono)
-    for place in range(max(counts)):
-        has = (shown > place).nonzero().squeeze(1)
-        fractal = first[has] + place
+    start = np.cumsum([0, *draws.counts[:-1]])
+    mono = draws.mono[start][:, None, None, None]
+    picture = torch.where(mono == 0, ground[start], 2 - mono)
+    for place in range(max(draws.counts)):
+        has = np.flatnonzero(np.greater(draws.counts, place))
+        fractal = start[has] + place
         colour = torch.where(mono[has] == 0, ink[fractal], mono[has] - 1)
         picture[has] = torch.lerp(picture[has], colour, figure[fractal])
     return picture

@@ -128,8 +128,8 @@ class Trainer:
             self.say(f"no whole checkpoint in {states}: starting anew")
             return
         now = dataclasses.asdict(self.config)
-        then = state["config"]
-        changed = [name for name in now if name not in _FREE and name in then and now[name] != then[name]]
+        then = dataclasses.asdict(TrainConfig()) | state["config"]  # what it lacks came later
+        changed = [name for name in now if name not in _FREE and now[name] != then[name]]
         if changed:
             listed = ", ".join(f"{name} (was {then[name]!r}, is {now[name]!r})" for name in changed)
             raise ValueError(f"{self.folder} was started with other options: {listed}; give another run=FOLDER")

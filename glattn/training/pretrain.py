@@ -48,17 +48,14 @@ class FractalSource(Source):
         """Return the pictures of some (index, seed) pairs, ``(B, 3, side, side)`` in [0, 1]."""
         places = list(places)
         shown = [self.classes(*place) for place in places]
-        counts = [len(classes) for classes in shown]
         seeds = [
-            [*([1, i] if self.fixed else [0, i, seed]), *([number] if number else [])]
-            for (i, seed), count in zip(places, counts, strict=True)
-            for number in range(count)
+            [*([1, i] if self.fixed else [0, i, seed]), number]  # a seed is the same with zeros behind it
+            for (i, seed), classes in zip(places, shown, strict=True)
+            for number in range(len(classes))
         ]
         maps = [self.maps[number] for classes in shown for number in classes]
-        chains = fractals.CHAINS if self.instances == 1 else fractals.CROWD_CHAINS
-        return fractals.render(
-            fractals.Draws.of(maps, seeds, counts, side=side, device=device, chains=chains), counts, side
-        )
+        counts = [len(classes) for classes in shown]
+        return fractals.render(fractals.Draws.of(maps, seeds, counts, side=side, device=device), side)
 
     def classes(self, index: int, seed: int) -> list[int]:
         """Return the classes that a picture shows: its own, and 0 to `instances` - 1 others."""
