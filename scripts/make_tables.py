@@ -221,18 +221,16 @@ def ablation() -> str:
 def transferred(
     folder: str = "transfer",
 ) -> tuple[dict[tuple[str, str], dict[str, str]], dict[tuple[str, str], list[dict[str, str]]]]:
-    """Return what transfer.py found by task and arm: the comparison with the first one's; the runs at the chosen rate.
+    """Return what transfer.py found by task and arm: the comparison with the first one; the runs at the chosen rate.
 
-    The first arm is that of the first comparison of the first task.
+    The first arm of a task is that of its first comparison.
     """
     compared: dict[tuple[str, str], dict[str, str]] = {}
     arms: dict[tuple[str, str], list[dict[str, str]]] = {}
-    first = ""
     for task in TASKS:
         if (ROOT / "docs" / "results" / folder / task / "comparisons.csv").exists():
             rows = read(f"{folder}/{task}/comparisons.csv")
-            first = first or rows[0]["model"]
-            compared |= {(task, row["other"]): row for row in rows if row["model"] == first}
+            compared |= {(task, row["other"]): row for row in rows if row["model"] == rows[0]["model"]}
             for row in read(f"{folder}/{task}/runs.csv"):
                 if row["chosen"] == "yes":
                     arms.setdefault((task, row["model"]), []).append(row)
