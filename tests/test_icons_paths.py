@@ -87,7 +87,8 @@ def test_folders_are_balanced_whole_and_the_same_from_the_same_seed(tmp_path):
     for split, count in counts.items():
         for label in ("joined", "apart"):
             assert len(list((tmp_path / "a" / split / label).iterdir())) == count // 2
-    images = {name: [(tmp_path / name / f).read_bytes() for f in files] for name in "abc"}
+    images = {name: [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.png"))] for name in "abc"}
+    assert not set(files) & {path.relative_to(tmp_path / "c") for path in (tmp_path / "c").rglob("*.png")}
     assert images["a"] == images["b"]
     assert not set(images["a"]) & set(images["c"])
     assert len(set(images["a"])) == 12
