@@ -68,10 +68,10 @@ class Session:
         Raises:
             ValueError: The file has other models' rows of these cases whose ratios are to another baseline.
         """
-        there = {table.key(self._head(row["model"], case)) for row in self.rows for case in cases}
         for row in self.rows:
-            other = row["model"] not in names and row["baseline"] not in ("", self.settings.baseline)
-            if other and table.key(row) in there:
+            if row["model"] in names or row["baseline"] in ("", self.settings.baseline):
+                continue
+            if any(table.key(row) == table.key(self._head(row["model"], case)) for case in cases):
                 raise ValueError(f"{self.path}: ratios of {row['model']} are to {row['baseline']}; give another --out")
         for case in cases:
             wanted = {table.key(self._head(name, case)) for name in names}
