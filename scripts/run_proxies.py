@@ -28,6 +28,7 @@ FIELDS = (
     "model", "data", "lr", "seed", "chosen", "val_top1", "test_top1", "test_images", "parameters", "epochs", "seconds",
     "settings", "torch", "timm", "threads", "commit", "digest", "answers",
 )  # fmt: skip
+NCHW = ("fastvit",)  # torch 2.14 ends the process that trains these in channels_last
 Row = dict[str, str]
 
 
@@ -131,7 +132,8 @@ class Proxies:
     def start(self, model: str) -> list[str]:
         """Return the training's arguments that say what is trained."""
         name, options = split_options(model)
-        return [f"model={name}", *(f"model_args.{key}={json.dumps(value)}" for key, value in options.items())]
+        memory = ["channels_last=false"] if name.startswith(NCHW) else []
+        return [f"model={name}", *memory, *(f"model_args.{key}={json.dumps(value)}" for key, value in options.items())]
 
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""

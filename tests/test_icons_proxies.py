@@ -113,6 +113,12 @@ def test_a_model_may_have_options(proxies, monkeypatch):
         make("a(").run()
 
 
+def test_what_torch_cannot_train_in_channels_last_is_trained_otherwise(proxies):
+    done = proxies[0]("a")
+    assert "channels_last=false" in done.start("fastvit_t8")
+    assert done.start("a") == ["model=a"]
+
+
 def test_a_list_goes_on_where_it_was(proxies):
     make, trained = proxies
     assert make("a").run()
