@@ -1,11 +1,12 @@
 """Make Paths: are the two marked ends joined by one curve, among curves that lead elsewhere?
 
 Every image has four curves of one length that never touch, and two marks: where the answer is yes, on the ends of one
-curve; where it is no, on ends of two. Only curves are taken of which both could be marked: two ends of one and two of
-others, as far apart along both axes and as far from the border. So neither ink nor loose ends tell the answer, and the
-marks alone hardly: a network that saw nothing but their places in 20,000 images was right in 55% of others.
+curve; where it is no, on ends of two. Lengths differ from image to image, for the short ones are learnt first. Only
+curves are taken of which both could be marked: two ends of one and two of others, as far apart along both axes and as
+far from the border. So neither ink nor loose ends tell the answer, and the marks alone hardly.
 
-Train on whole images, for a crop may lose a mark: run_proxies.py --data data/paths64 -- crop_scale=1 crop_ratio=1
+Train on whole images, for a crop may lose a mark:
+    run_proxies.py --data data/paths64 --models MODELS -- crop_scale=1 crop_ratio=1 hflip=0.5 vflip=0.5
 """
 
 import argparse
@@ -18,8 +19,9 @@ from tqdm import tqdm
 
 from glattn.files import new_folder
 
-SPLITS = {"train": 8000, "val": 1000, "test": 2000}
+SPLITS = {"train": 40000, "val": 1000, "test": 2000}
 CURVES = 4  # in an image: the pair that may be marked, and distractors
+LENGTHS = 0.25, 0.75  # of the curves of an image, in sides of the grid: shortest, longest
 SCALE = 4  # drawn so many times as large
 FAR = 3  # cells from the border: what is nearer has less room
 Curve = list[tuple[int, int]]
@@ -94,8 +96,9 @@ def markable(rng: np.random.Generator, side: int) -> tuple[list[Curve], Ends, En
 
     A walk's last cell may look otherwise than its first, being where it had to go: of two curves, too, one of each.
     """
+    steps = int(rng.integers(round(LENGTHS[0] * side), round(LENGTHS[1] * side), endpoint=True))
     while True:
-        drawn = curves(rng, side, steps=round(1.25 * side))
+        drawn = curves(rng, side, steps)
         of_one = [(curve[0], curve[-1]) for curve in drawn]
         of_two = [(one[0], two[-1]) for one in drawn for two in drawn if one is not two]
         alike = [
