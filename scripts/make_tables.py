@@ -24,7 +24,8 @@ from glattn.training.fractals import SAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
-DRAWINGS = {"icons100": "atto", "emoji": "atto"}  # data of run_proxies.py's runs, and the size that is compared on it
+# folders of run_proxies.py's runs, and the size that is compared there
+DRAWINGS = {"icons100": "atto", "emoji": "atto", "icons100-tiny": "tiny"}
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
 
@@ -205,6 +206,20 @@ def drawings(folder: str, size: str) -> str:
     return markdown(head, rows)
 
 
+def designs(folder: str) -> str:
+    """Return the accuracy of designs of one model, and how far the first is above each."""
+    compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv")}
+    by_model: dict[str, list[dict[str, str]]] = {}
+    for row in read(f"{folder}/runs.csv"):
+        if row["chosen"] == "yes":
+            by_model.setdefault(row["model"], []).append(row)
+    rows = []
+    for name, runs in by_model.items():
+        cells = [f"`{name}`", f"{float(runs[0]['parameters']) / 1e6:.1f}", top1_by_seed(runs)]
+        rows.append([*cells, *difference(compared.get(name, {}))])
+    return markdown(("design", "parameters (M)", "top-1 by seed", "the first less this", "95%", ""), rows)
+
+
 def ablation() -> str:
     """Return what each mechanism does to accuracy and speed."""
     head = ("mechanism", "design", "parameters (M)", "GMACs", "speed", "top-1", "less the default", "95%", "")
@@ -316,6 +331,7 @@ def measured() -> str:
         "deployment": deployment(),
         "modes": modes(),
         **{data: drawings(data, size) for data, size in DRAWINGS.items()},
+        "paths64": designs("paths64"),
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),
