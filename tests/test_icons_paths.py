@@ -78,6 +78,16 @@ def test_neither_ink_nor_the_marks_tell_the_answer():
         assert max(best, 1 - min(((both > t) == truth).mean() for t in both)) < 0.62
 
 
+def test_a_model_of_the_marks_places_alone_learns_nothing():
+    ends = [make_paths.markable(np.random.default_rng([7, index]), 16)[1 + index % 2] for index in range(2000)]
+    (y, x), (b, a) = np.transpose([sorted(pair) for pair in ends], (1, 2, 0))
+    facts = np.stack([y, x, b, a, abs(y - b), abs(x - a)], axis=1)
+    answers = np.arange(2000) % 2
+    forest = pytest.importorskip("sklearn.ensemble").RandomForestClassifier
+    trees = forest(min_samples_leaf=8, random_state=0).fit(facts[:1500], answers[:1500])
+    assert trees.score(facts[1500:], answers[1500:]) < 0.58
+
+
 def test_folders_are_balanced_whole_and_the_same_from_the_same_seed(tmp_path):
     counts = {"train": 6, "val": 2, "test": 4}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
