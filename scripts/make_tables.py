@@ -180,12 +180,18 @@ def deployment() -> str:
     return markdown(["runtime", *cases, "largest difference"], rows)
 
 
-def drawings(folder: str, size: str) -> str:
-    """Return each model's accuracy on drawings, and how far ours of that size is above it."""
-    by_model: dict[str, list[dict[str, str]]] = {}
+def runs_by_model(folder: str) -> dict[str, list[dict[str, str]]]:
+    """Return run_proxies.py's runs of each model but those at a rate that was not chosen."""
+    found: dict[str, list[dict[str, str]]] = {}
     for row in read(f"{folder}/runs.csv"):
         if row["chosen"] != "no":  # empty: not all runs of the model are done
-            by_model.setdefault(row["model"], []).append(row)
+            found.setdefault(row["model"], []).append(row)
+    return found
+
+
+def drawings(folder: str, size: str) -> str:
+    """Return each model's accuracy on drawings, and how far ours of that size is above it."""
+    by_model = runs_by_model(folder)
     mine = f"glattn_{size}"
     compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv") if row["model"] == mine}
     speeds = {
@@ -209,12 +215,8 @@ def drawings(folder: str, size: str) -> str:
 def designs(folder: str) -> str:
     """Return the accuracy of designs of one model, and how far the first is above each."""
     compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv")}
-    by_model: dict[str, list[dict[str, str]]] = {}
-    for row in read(f"{folder}/runs.csv"):
-        if row["chosen"] == "yes":
-            by_model.setdefault(row["model"], []).append(row)
     rows = []
-    for name, runs in by_model.items():
+    for name, runs in runs_by_model(folder).items():
         cells = [f"`{name}`", f"{float(runs[0]['parameters']) / 1e6:.1f}", top1_by_seed(runs)]
         rows.append([*cells, *difference(compared.get(name, {}))])
     return markdown(("design", "parameters (M)", "top-1 by seed", "the first less this", "95%", ""), rows)

@@ -132,8 +132,7 @@ class Proxies:
     def start(self, model: str) -> list[str]:
         """Return the training's arguments that say what is trained."""
         name, options = split_options(model)
-        memory = ["channels_last=false"] if name.startswith(NCHW) else []
-        return [f"model={name}", *memory, *(f"model_args.{key}={json.dumps(value)}" for key, value in options.items())]
+        return [*trained(name), *(f"model_args.{key}={json.dumps(value)}" for key, value in options.items())]
 
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""
@@ -190,6 +189,11 @@ class Proxies:
             "points": f"{difference.points:.2f}", "low": f"{difference.low:.2f}", "high": f"{difference.high:.2f}",
             "authors": str(difference.authors), "verdict": difference.verdict, "settings": self.settings,
         }  # fmt: skip
+
+
+def trained(model: str) -> list[str]:
+    """Return the training's arguments for a timm model: its name, and NCHW memory where torch needs that."""
+    return [f"model={model}", *(["channels_last=false"] if model.startswith(NCHW) else [])]
 
 
 def tested_split(source: Path) -> str:

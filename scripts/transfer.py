@@ -21,7 +21,7 @@ import make_weights
 import numpy as np
 import timm
 from matplotlib.figure import Figure
-from run_proxies import Proxies, Row, add_list_arguments, read_csv
+from run_proxies import Proxies, Row, add_list_arguments, read_csv, trained
 
 import glattn  # noqa: F401
 from glattn.files import copy_file, new_folder, write_text
@@ -95,7 +95,7 @@ class Transfer(Proxies):
     def start(self, model: str) -> list[str]:
         """Return the arguments of an arm, MODEL:START."""
         name, start, times = split_arm(model)
-        arguments = [f"model={name}"]
+        arguments = trained(name)
         if start == "pretrained":
             arguments.append("pretrained=true")
         elif start != "scratch":
