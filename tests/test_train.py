@@ -490,6 +490,17 @@ def test_mixed_and_binary_losses_train(option, model, trainer):
     assert moved(t.model, before)
 
 
+@pytest.mark.parametrize("model", ["levit_128s", "test_vit"])  # which is told its size when made, which afterwards
+def test_a_model_of_a_fixed_size_is_made_for_the_images(model):
+    config = TrainConfig(**QUICK | {"model": model, "image_size": 64})
+    assert build.build_model(config, 2).eval()(torch.rand(1, 3, 64, 64)).shape == (1, 2)
+
+
+def test_what_the_run_sets_is_no_argument_of_the_model():
+    with pytest.raises(ValueError, match="num_classes: take it out"):
+        build.build_model(TrainConfig(**QUICK, model_args={"num_classes": 5}), 2)
+
+
 def test_class_weights_balance_the_loss(tmp_path):
     for name, count in (("few", 2), ("many", 6)):
         write_class(tmp_path / "data" / name, COLOURS["red"], count)

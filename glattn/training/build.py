@@ -30,12 +30,17 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     arguments = dict(config.model_args)
     if config.drop_path_rate:
         arguments["drop_path_rate"] = config.drop_path_rate
-    model = create(
-        config.model, pretrained=config.pretrained, num_classes=num_classes, drop_rate=config.drop_rate, **arguments
-    )
+    own = {"pretrained": config.pretrained, "num_classes": num_classes, "drop_rate": config.drop_rate}
+    if twice := sorted(own.keys() & arguments.keys()):
+        raise ValueError(f"model_args.{twice[0]}: take it out; classes are the data's, the others keys of the recipe")
+    arguments |= own
+    model = create(config.model, **arguments)
     size = config.image_size
-    if size and model.pretrained_cfg.get("fixed_input_size") and hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=(size, size))
+    if size and model.pretrained_cfg.get("fixed_input_size") and "img_size" not in arguments:
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=(size, size))
+        else:
+            model = create(config.model, img_size=size, **arguments)
     if config.checkpoint:
         load_weights(model, config.checkpoint)
     if config.grad_checkpointing:
