@@ -65,10 +65,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def accuracy(args: argparse.Namespace, models: list[str], asked: list[str]) -> dict[str, Row]:
+def accuracy(args: argparse.Namespace, models: list[str], asked: list[str]) -> tuple[dict[str, Row], list[str]]:
     """Train the designs that are asked for; return accuracy, and its difference from the first's, of all that are done.
 
-    Each is of the seeds that the design and the first have in common.
+    Each is of the seeds that the design and the first have in common. Designs that failed are returned beside.
 
     Args:
         models: All designs.
@@ -76,7 +76,7 @@ def accuracy(args: argparse.Namespace, models: list[str], asked: list[str]) -> d
     """
     settings = {"models": asked, "data": args.data, "config": args.config, "lr": [args.lr], "seeds": args.seeds}
     proxies = run_proxies.Proxies(
-        SimpleNamespace(**settings, runs=args.runs, out=args.out, minutes=args.minutes, settings=args.settings)
+        SimpleNamespace(**settings, runs=args.runs, out=args.out, end=args.end, settings=args.settings)
     )
     proxies.run()
     first, found = proxies.chosen(models[0]), {}
@@ -89,7 +89,7 @@ def accuracy(args: argparse.Namespace, models: list[str], asked: list[str]) -> d
             found[model] = (difference or nothing) | {
                 "test_top1": f"{sum(tests) / len(tests):.2f}", "seeds": str(len(tests)), "settings": proxies.settings,
             }  # fmt: skip
-    return found
+    return found, proxies.failed
 
 
 def speed(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
@@ -151,7 +151,7 @@ def main() -> int:
     designs = dict(design for turn in turns for design in turn if design)
     asked = [design for design, kind in designs.items() if kind in ("default", *(args.only or kinds))]
     try:
-        accuracies = accuracy(args, list(designs), asked)
+        accuracies, failed = accuracy(args, list(designs), asked)
         designs = {design: kind for design, kind in designs.items() if design in accuracies}
         speeds = speed(args, list(designs)) if designs else {}
     except (ValueError, OSError) as error:
@@ -171,14 +171,15 @@ def main() -> int:
         )
     if not rows:
         print("no design is done yet")
-        return 0
+        return int(bool(failed))
     run_proxies.write_csv(args.out / f"{args.data.name}.csv", COLUMNS, rows)
     if len(rows) > 1:
         draw(rows[1:], args.out / f"{args.data.name}.png")
     for row in rows:
         print(f"{row['design']:90} {row['test_top1']:>6} {row['points']:>6} {row['times_default_speed']:>6}x")
-    return 0
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
+    run_proxies.end_with_children()
     sys.exit(main())

@@ -11,10 +11,10 @@ import csv
 import hashlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,13 @@ FIELDS = (
     "model", "data", "lr", "seed", "chosen", "val_top1", "test_top1", "test_images", "parameters", "epochs", "seconds",
     "settings", "torch", "timm", "threads", "commit", "digest", "answers",
 )  # fmt: skip
-NCHW = ("fastvit",)  # torch 2.14 ends the process that trains these in channels_last
+# how a process ends that torch ends: FastViT's does when torch 2.14 trains it in channels_last on a CPU
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL, -signal.SIGBUS)
 Row = dict[str, str]
+
+
+class TrainingError(OSError):
+    """A training ended without a result."""
 
 
 def write_csv(path: Path, fields: tuple[str, ...], rows: list[Row]) -> None:
@@ -62,30 +67,39 @@ class Proxies:
         self.rows = read_csv(self.path)
         if strange := sum(row.get("digest") != self.digest for row in self.rows):
             raise ValueError(f"{self.path}: {strange} rows are of other images than {self.source}; give another --out")
-        self.end = time.monotonic() + args.minutes * 60 if args.minutes else float("inf")
+        self.authors = authors_of(self.images)
+        self.failed: list[str] = []
 
     def run(self) -> bool:
-        """Do what is missing; tell whether all is done."""
+        """Do what is missing, but for what fails, which is said and noted in `failed`; tell whether all is done."""
         for model in self.args.models:
-            there = self.rows_of(model)
-            first = int(there[0]["seed"]) if there else self.args.seeds[0]
-            if not all(self.one(model, lr, first) for lr in self.args.lr):
-                return False
-            tried = [row for row in self.rows_of(model) if int(row["seed"]) == first]
-            best = max(tried, key=lambda row: (float(row["val_top1"]), -float(row["lr"])))
-            for row in self.rows_of(model):
-                row["chosen"] = "yes" if row["lr"] == best["lr"] else "no"
-            for seed in self.args.seeds:
-                row = self.one(model, float(best["lr"]), seed)
-                if row is None:
+            if kept := self.rows_of(model):
+                print(f"{model}: {len(kept)} runs are there, of {', '.join(sorted({row['commit'] for row in kept}))}")
+            try:
+                if not self.settle(model):
                     return False
-                row["chosen"] = "yes"
-            write_csv(self.path, FIELDS, self.rows)
-        return True
+            except TrainingError as error:
+                print(f"{model}: {error}", file=sys.stderr)
+                self.failed.append(model)
+        return not self.failed
 
-    @cached_property
-    def authors(self) -> dict[str, str]:
-        return authors_of(self.images)
+    def settle(self, model: str) -> bool:
+        """Do a model's missing runs and choose its rate; tell whether there was time for all."""
+        there = self.rows_of(model)
+        first = int(there[0]["seed"]) if there else self.args.seeds[0]
+        if not all(self.one(model, lr, first) for lr in self.args.lr):
+            return False
+        tried = [row for row in self.rows_of(model) if int(row["seed"]) == first]
+        best = max(tried, key=lambda row: (float(row["val_top1"]), -float(row["lr"])))
+        for row in self.rows_of(model):
+            row["chosen"] = "yes" if row["lr"] == best["lr"] else "no"
+        for seed in self.args.seeds:
+            row = self.one(model, float(best["lr"]), seed)
+            if row is None:
+                return False
+            row["chosen"] = "yes"
+        write_csv(self.path, FIELDS, self.rows)
+        return True
 
     @property
     def settings(self) -> str:
@@ -96,7 +110,7 @@ class Proxies:
         for row in self.rows_of(model):
             if (float(row["lr"]), int(row["seed"])) == (lr, seed):
                 return row
-        if time.monotonic() >= self.end:
+        if time.monotonic() >= self.args.end:
             print("time is up; the same command goes on")
             return None
         folder, data = self.folder(model, lr, seed), self.chosen_data(seed)
@@ -104,11 +118,16 @@ class Proxies:
         begun = time.monotonic()
         command = [
             sys.executable, "-m", "glattn", "train", "--config", str(self.args.config), *self.args.settings,
-            f"data={data}", *self.start(model), f"lr={lr}", f"seed={seed}", f"run={folder}", "resume=auto",
+            f"data={data}", *self.start(model), f"lr={lr}", f"seed={seed}", "resume=auto",
         ]  # fmt: skip
         with (self.runs / f"{folder.name}.log").open("a") as log:
-            if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
-                raise OSError(f"training failed: see {log.name}")
+            status = subprocess.run([*command, f"run={folder}"], stdout=log, stderr=log, check=False).returncode
+            if status in CRASHES:
+                folder = folder.with_name(f"{folder.name}-nchw")
+                command.append("channels_last=false")
+                status = subprocess.run([*command, f"run={folder}"], stdout=log, stderr=log, check=False).returncode
+            if status:
+                raise TrainingError(f"training failed: see {log.name}")
         seconds = time.monotonic() - begun
         row = {"model": model, "data": self.args.data.name, "lr": f"{lr:g}", "seed": str(seed), "chosen": ""}
         row |= {"settings": self.settings, "seconds": f"{seconds:.0f}", "digest": self.digest}
@@ -132,7 +151,7 @@ class Proxies:
     def start(self, model: str) -> list[str]:
         """Return the training's arguments that say what is trained."""
         name, options = split_options(model)
-        return [*trained(name), *(f"model_args.{key}={json.dumps(value)}" for key, value in options.items())]
+        return [f"model={name}", *(f"model_args.{key}={json.dumps(value)}" for key, value in options.items())]
 
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""
@@ -189,11 +208,6 @@ class Proxies:
             "points": f"{difference.points:.2f}", "low": f"{difference.low:.2f}", "high": f"{difference.high:.2f}",
             "authors": str(difference.authors), "verdict": difference.verdict, "settings": self.settings,
         }  # fmt: skip
-
-
-def trained(model: str) -> list[str]:
-    """Return the training's arguments for a timm model: its name, and NCHW memory where torch needs that."""
-    return [f"model={model}", *(["channels_last=false"] if model.startswith(NCHW) else [])]
 
 
 def tested_split(source: Path) -> str:
@@ -271,14 +285,19 @@ def authors_of(images: list[str]) -> dict[str, str]:
     """Return each image's author. What no manifest names (Paths), or one author alone drew, is each by itself."""
     import manifest
 
-    known = {}
-    for path in sorted(manifest.FOLDER.glob("*.csv.gz")):
-        known |= {f"{e.label}/{e.set}--{e.icon}.png": e.author for e in manifest.read(path) if e.split == "test"}
-    unknown = [image for image in images if image not in known]
+    known = {e.set: e.author for path in sorted(manifest.FOLDER.glob("*.csv.gz")) for e in manifest.read(path)}
+    found = {image: known.get(Path(image).name.partition("--")[0], image) for image in images}
+    unknown = [image for image, author in found.items() if author == image]
     if 0 < len(unknown) < len(images):
-        raise ValueError(f"{len(unknown)} test images are in no manifest, such as {unknown[0]}; draw the images anew")
-    found = {image: known.get(image, image) for image in images}
+        raise ValueError(
+            f"{len(unknown)} test images are of sets that no manifest names, such as {unknown[0]}: whose are they?"
+        )
     return found if len(set(found.values())) > 1 else {image: image for image in images}
+
+
+def deadline(minutes: str) -> float:
+    """Return when so many minutes are over, on the monotonic clock."""
+    return time.monotonic() + 60 * float(minutes)
 
 
 def add_list_arguments(parser: argparse.ArgumentParser, *, runs: str, out: str) -> None:
@@ -286,7 +305,10 @@ def add_list_arguments(parser: argparse.ArgumentParser, *, runs: str, out: str) 
     parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"), help="recipe (%(default)s)")
     parser.add_argument("--runs", type=Path, default=Path(runs), help="folder of the runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of the rows (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="begin no training after this time; the same command goes on")
+    parser.add_argument(
+        "--minutes", dest="end", type=deadline, default=float("inf"),
+        help="begin no training after this time; the same command goes on",
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -305,13 +327,19 @@ def main() -> int:
     args = parser.parse_args()
     try:
         proxies = Proxies(args)
-        if proxies.run():
-            proxies.compare()
+        proxies.run()
+        proxies.compare()
     except (ValueError, OSError) as error:
         print(f"run_proxies: {error}", file=sys.stderr)
         return 1
-    return 0
+    return int(bool(proxies.failed))
+
+
+def end_with_children() -> None:
+    """Let SIGTERM unwind like an error, so that the training that is waited for ends too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 if __name__ == "__main__":
+    end_with_children()
     sys.exit(main())

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ import make_weights
 import numpy as np
 import timm
 from matplotlib.figure import Figure
-from run_proxies import Proxies, Row, add_list_arguments, read_csv, trained
+from run_proxies import Proxies, Row, add_list_arguments, end_with_children, read_csv
 
 import glattn  # noqa: F401
 from glattn.files import copy_file, new_folder, write_text
@@ -56,13 +56,25 @@ TASKS = {
 }
 
 
+def find_task(name: str) -> Task:
+    """Return a task by name: of `TASKS`, or DATA or DATA-Nshot of other images, which lie in data/DATA."""
+    if name in TASKS:
+        return TASKS[name]
+    found = re.search(r"-([1-9]\d*)shot$", name)
+    data, shots = (name[: found.start()], int(found[1])) if found else (name, 0)
+    settings = ("epochs=30", "warmup_epochs=2") if shots else ("epochs=6", "warmup_epochs=1")
+    new = Task(f"data/{data}", shots, (0, 1, 2) if shots else (0, 1), (*settings, "partial_val=true"))
+    alike = (task for task in TASKS.values() if (task.data, task.shots > 0) == (new.data, shots > 0))
+    return replace(next(alike, new), shots=shots)
+
+
 class Transfer(Proxies):
     """The runs of one task."""
 
     def __init__(self, name: str, task: Task, args: argparse.Namespace) -> None:
         self.task = task
         settings = {"models": args.arms, "data": Path(name), "config": args.config, "settings": task.settings}
-        folders = {"runs": args.runs, "out": args.out, "minutes": args.minutes}
+        folders = {"runs": args.runs, "out": args.out, "end": args.end}
         super().__init__(SimpleNamespace(**settings, **folders, lr=args.lr, seeds=task.seeds))  # type: ignore[arg-type]
         self.check_starts()
 
@@ -95,7 +107,7 @@ class Transfer(Proxies):
     def start(self, model: str) -> list[str]:
         """Return the arguments of an arm, MODEL:START."""
         name, start, times = split_arm(model)
-        arguments = trained(name)
+        arguments = [f"model={name}"]
         if start == "pretrained":
             arguments.append("pretrained=true")
         elif start != "scratch":
@@ -151,7 +163,8 @@ def choose(source: Path, target: Path, shots: int, seed: int) -> None:
             others = [others[i] for i in rng.permutation(len(others))]
             tests = sorted((source / ("test" if tested else "val") / folder.name).glob("*.png"))
             for split, paths in (("train", picked[:shots]), ("val", others[: max(shots, 20)]), ("test", tests)):
-                (root / split / folder.name).mkdir(parents=True)
+                if paths:
+                    (root / split / folder.name).mkdir(parents=True)
                 for path in paths:
                     (root / split / folder.name / path.name).symlink_to(path.resolve())
 
@@ -185,26 +198,32 @@ def main() -> int:
         description=__doc__.partition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__
     )
     parser.add_argument("arms", nargs="+", metavar="MODEL:START", help="the others are compared with the first")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument(
+        "--tasks", nargs="+", default=list(TASKS), metavar="TASK",
+        help="DATA for all images of data/DATA, DATA-Nshot for N a class (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3])
     add_list_arguments(parser, runs="runs/transfer", out="docs/results/transfer")
     args = parser.parse_args()
     try:
         for arm in args.arms:
             make_start(arm, args.out / "pretraining")
+        failed = []
         for name in args.tasks:
             print(name, flush=True)
-            transfer = Transfer(name, TASKS[name], args)
+            transfer = Transfer(name, find_task(name), args)
             transfer.run()
             transfer.compare()
-        rows = [row for name in TASKS for row in read_csv(args.out / name / "runs.csv")]
+            failed += transfer.failed
+        rows = [row for name in dict.fromkeys([*TASKS, *args.tasks]) for row in read_csv(args.out / name / "runs.csv")]
         if any(row["chosen"] == "yes" for row in rows):
             draw(rows, args.out / "transfer.png")
     except (ValueError, OSError) as error:
         print(f"transfer: {error}", file=sys.stderr)
         return 1
-    return 0
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
+    end_with_children()
     sys.exit(main())

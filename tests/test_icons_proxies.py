@@ -1,5 +1,7 @@
 """The list of proxy runs: lr chosen on val alone, resumed, compared over authors."""
 
+import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,12 +46,8 @@ def test_authors_are_the_manifests_and_one_author_is_no_sample():
         f"{e.label}/{e.set}--{e.icon}.png" for e in manifest.read(manifest.FOLDER / "emoji.csv.gz") if e.split == "test"
     ]
     assert run_proxies.authors_of(emoji) == {image: image for image in emoji}
-    icons = {
-        f"{e.label}/{e.set}--{e.icon}.png": e.author
-        for e in manifest.read(manifest.FOLDER / "icons100.csv.gz")
-        if e.split == "test"
-    }
-    assert run_proxies.authors_of(list(icons)) == icons
+    icons = {f"{e.label}/{e.set}--{e.icon}.png": e.author for e in manifest.read(manifest.FOLDER / "icons100.csv.gz")}
+    assert run_proxies.authors_of(list(icons)) == icons  # whichever of them are tested on
 
 
 @pytest.fixture
@@ -75,10 +73,10 @@ def proxies(tmp_path, monkeypatch):
     monkeypatch.setattr(run_proxies.subprocess, "run", train)
     monkeypatch.setattr(run_proxies, "finished", finished)
 
-    def make(*models, minutes=None, **changed):
+    def make(*models, end=float("inf"), **changed):
         folders = {"data": tmp_path / "data", "runs": tmp_path / "runs", "out": tmp_path / "out"}
         options = {"config": Path("icons.yaml"), "lr": [1e-3, 2e-3], "seeds": [0, 1, 2], "settings": []}
-        args = SimpleNamespace(models=models, minutes=minutes, **folders | options | changed)
+        args = SimpleNamespace(models=models, end=end, **folders | options | changed)
         return run_proxies.Proxies(args)
 
     return make, trained
@@ -113,10 +111,19 @@ def test_a_model_may_have_options(proxies, monkeypatch):
         make("a(").run()
 
 
-def test_what_torch_cannot_train_in_channels_last_is_trained_otherwise(proxies):
-    done = proxies[0]("a")
-    assert "channels_last=false" in done.start("fastvit_t8")
-    assert done.start("a") == ["model=a"]
+def test_what_torch_cannot_train_in_channels_last_is_trained_otherwise(proxies, monkeypatch, tmp_path):
+    make, _ = proxies
+    tried, train = [], run_proxies.subprocess.run
+
+    def crash(command, **options):
+        tried.append(command[-1].removeprefix(f"run={tmp_path}"))
+        otherwise = "channels_last=false" in command
+        return train(command, **options) if otherwise else SimpleNamespace(returncode=-signal.SIGSEGV)
+
+    monkeypatch.setattr(run_proxies.subprocess, "run", crash)
+    assert make("a", lr=[1e-3], seeds=[0]).run()
+    first, second = tried
+    assert second == f"{first}-nchw"
 
 
 def test_a_list_goes_on_where_it_was(proxies):
@@ -124,7 +131,7 @@ def test_a_list_goes_on_where_it_was(proxies):
     assert make("a").run()
     rows = run_proxies.read_csv(make("a").path)
     trained.clear()
-    assert not make("a", "b", minutes=1e-12).run()
+    assert not make("a", "b", end=0).run()
     assert trained == []
     assert make("a", "b").run()
     assert {model for model, _, _ in trained} == {"b"}
@@ -165,11 +172,14 @@ def test_images_that_only_some_manifest_knows_are_refused():
     known = next(e for e in manifest.read(manifest.FOLDER / "icons100.csv.gz") if e.split == "test")
     image = known.file.removeprefix("test/")
     assert run_proxies.authors_of([image, image]) == {image: image}
-    with pytest.raises(ValueError, match="no manifest, such as x"):
+    with pytest.raises(ValueError, match="no manifest names, such as x"):
         run_proxies.authors_of([image, "x"])
 
 
-def test_a_training_that_fails_is_said(proxies):
+def test_a_training_that_fails_is_said_and_the_others_are_done(proxies, capsys):
     make, _ = proxies
-    with pytest.raises(OSError, match=r"see .*\.log"):
-        make("fails").run()
+    done = make("a", "fails", "b")
+    assert not done.run()
+    assert done.failed == ["fails"]
+    assert re.search(r"fails: .*see .*\.log", capsys.readouterr().err)
+    assert [row["other"] for row in done.compare()] == ["b"]

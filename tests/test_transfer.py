@@ -49,6 +49,24 @@ def test_few_images_are_chosen_by_seed_and_the_test_is_whole(tmp_path):
     assert names(tmp_path / "again") == names(chosen[0])
 
 
+def test_a_class_without_validation_images_has_no_folder_of_them(tmp_path):
+    source = drawings(tmp_path / "icons", "train", "val", "test")
+    for image in (source / "val" / "a").iterdir():
+        image.unlink()
+    transfer.choose(source, tmp_path / "few", 2, 0)
+    assert [path.name for path in (tmp_path / "few" / "val").iterdir()] == ["b"]
+
+
+def test_a_task_is_named_by_its_images_and_shots():
+    assert transfer.find_task("icons100-10shot") is transfer.TASKS["icons100-10shot"]
+    other = transfer.find_task("digits-2shot")
+    assert (other.data, other.shots) == ("data/digits", 2)
+    assert other.settings == transfer.TASKS["digits-5shot"].settings
+    assert transfer.find_task("mine").data == "data/mine"
+    few = transfer.find_task("my-drawings-3shot")
+    assert (few.data, few.shots, "partial_val=true" in few.settings) == ("data/my-drawings", 3, True)
+
+
 def test_what_has_no_test_of_its_own_is_tested_on_what_was_held_out(tmp_path):
     source = drawings(tmp_path / "digits", "train", "val")
     transfer.choose(source, tmp_path / "few", 2, 0)
