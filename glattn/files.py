@@ -1,7 +1,8 @@
-"""Files and folders that are whole or absent: written aside, moved into place."""
+"""Files and folders that are whole or absent: written aside, moved into place; and packed text, alike everywhere."""
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import tempfile
@@ -76,3 +77,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def gzipped(text: str) -> bytes:
+    """Return text as a .gz file's content: without a date, and the same on every version of Python."""
+    packed = bytearray(gzip.compress(text.encode(), 9, mtime=0))
+    packed[9] = 3  # the header's operating system: Unix, whichever this is
+    return bytes(packed)

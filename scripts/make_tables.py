@@ -285,9 +285,10 @@ def started(folder: Path) -> str:
     then, now = read_record(folder / BEFORE), read_record(folder)
     if not then.seen or not now.seen or not then.hours:
         raise ValueError(f"{folder}: its record, or the one before, does not say how many pictures were seen")
-    return f"""The run below started from the weights of another one: `{then.command}`, {then.seen:,} pictures,
-{then.hours:.1f} hours of steps, seed {then.seed}, commit {then.environment["commit"]} ([record]({BEFORE})); so
-{then.seen + now.seen:,} pictures in all.
+    return f"""The run below started from the weights of another one: `{then.command}`, at its best after
+{then.seen:,} pictures, {then.hours:.1f} hours of steps in all, seed {then.seed}, commit
+{then.environment["commit"]} ([record]({BEFORE})); so
+these weights saw {then.seen + now.seen:,} pictures.
 
 """
 

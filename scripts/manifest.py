@@ -16,7 +16,7 @@ import numpy as np
 from iconify import IconSet, Package, copies, digest, draw, open_package
 from tqdm import tqdm
 
-from glattn.files import new_folder, replacing
+from glattn.files import gzipped, new_folder, replacing
 
 FOLDER = Path(__file__).resolve().parents[1] / "data_manifests"
 SPLITS = ("train", "val", "test")
@@ -63,7 +63,7 @@ def write(path: Path, entries: Iterable[Entry]) -> None:
     writer.writeheader()
     writer.writerows(asdict(entry) for entry in sorted(entries))
     with replacing(path) as temporary:
-        temporary.write_bytes(gzip.compress(text.getvalue().encode(), 9, mtime=0))
+        temporary.write_bytes(gzipped(text.getvalue()))
 
 
 def without_copies(looks: Mapping[Entry, np.ndarray]) -> list[Entry]:

@@ -204,6 +204,22 @@ def test_resume_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
     assert len(_rows(tmp_path)) == 4
 
 
+def test_every_model_has_room_for_its_compiled_programs(tmp_path, monkeypatch):
+    """Beyond torch's limit for one class, the rest would run eager, and be called compiled."""
+    rooms = []
+    names = [f"test_glattn(head_dim={width})" for width in (8, 16, 32)]
+
+    def refuse(*_, **__):
+        rooms.append(torch._dynamo.config.cache_size_limit)
+        raise ValueError("not made")
+
+    before = torch._dynamo.config.cache_size_limit
+    monkeypatch.setattr("glattn.benchmark.session.prepare", refuse)
+    main(["benchmark", *names, "--engine", "compile", "--out", str(tmp_path), *SHORT])
+    assert min(rooms) >= before + 2 * len(names)
+    assert torch._dynamo.config.cache_size_limit == before
+
+
 def test_pictures_show_what_an_earlier_call_measured_here(tmp_path, monkeypatch):
     assert _run(tmp_path) == 0
     path = tmp_path / "rows.csv"

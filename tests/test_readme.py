@@ -44,11 +44,13 @@ def test_a_card_names_the_run_that_the_weights_started_from(tmp_path):
         environment = {"command": command, "commit": "c0", "images_per_epoch": 7200}
         (folder / "environment.json").write_text(json.dumps(environment))
         (folder / "config.yaml").write_text("seed: 5\n")
-        (folder / "metrics.csv").write_text("images_per_second\n" + "2\n" * epochs)
+        # the last but one is the best
+        rows = [f"{90 if epoch == max(epochs - 1, 1) else 50},2" for epoch in range(1, epochs + 1)]
+        (folder / "metrics.csv").write_text("\n".join(["top1,images_per_second", *rows]))
     said = make_tables.started(tmp_path)
-    assert "`glattn pretrain a`, 21,600 pictures,\n3.0 hours" in said
-    assert "seed 5, commit c0" in said
-    assert "28,800 pictures in all" in said
+    assert "`glattn pretrain a`, at its best after\n14,400 pictures, 3.0 hours" in said
+    assert "seed 5, commit\nc0" in said
+    assert "saw 21,600 pictures" in said
     assert make_tables.started(tmp_path / "before") == ""
 
 

@@ -369,8 +369,12 @@ def test_keys_stand_before_between_and_behind_options(monkeypatch, capsys):
 
 
 def test_configuration_survives_yaml_and_help_lists_every_key(tmp_path, capsys):
-    config = TrainConfig.read(None, ["lr=1e-4", "model_args.head_dim=16", "hflip=0", "layer_decay=0.7", "freeze=none"])
+    config = TrainConfig.read(
+        None,
+        ["lr=1e-4", "model_args.head_dim=16", "optimizer_args.eps=1e-6", "hflip=0", "layer_decay=0.7", "freeze=none"],
+    )
     assert (config.lr, config.model_args, config.hflip, config.layer_decay) == (1e-4, {"head_dim": 16}, 0.0, 0.7)
+    assert config.optimizer_args == {"eps": 1e-6}
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert TrainConfig.read(tmp_path / "config.yaml") == config
     with pytest.raises(SystemExit):

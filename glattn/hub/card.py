@@ -31,7 +31,7 @@ class Record:
         command: The training's command line.
         environment: Versions and machine, as plain JSON.
         epochs: Epochs trained.
-        seen: Training images seen, over all epochs.
+        seen: Training images that these weights saw: up to the best epoch, over all of them.
         hours: That the training steps took.
         seed: Of the training.
         notes: Paragraphs of Markdown, put first.
@@ -59,6 +59,9 @@ def read_record(run: Path) -> Record:
     environment: dict[str, Any] = _read(run / "environment.json", json.loads) or {}
     config: dict[str, Any] = _read(run / "config.yaml", yaml.safe_load) or {}
     rows: list[Any] = _read(run / "metrics.csv", lambda text: list(csv.DictReader(text.splitlines()))) or []
+    metrics: dict[str, float] = _read(run / "best" / "metrics.json", json.loads) or {}
+    top1 = [float(row["top1"]) for row in rows if row.get("top1")]
+    seen = int(metrics.get("epoch") or (top1.index(max(top1)) + 1 if top1 else len(rows)))
     command = environment.pop("command", None) or environment.pop("argv", None)
     per_epoch = int(environment.pop("images_per_epoch", 0))
     dataset = config.get("dataset")
@@ -67,12 +70,12 @@ def read_record(run: Path) -> Record:
     if not dataset and config.get("data"):
         dataset = Path(str(config["data"])).resolve().name  # a folder of images goes by its own name
     return Record(
-        metrics=_read(run / "best" / "metrics.json", json.loads) or {},
+        metrics=metrics,
         dataset=str(dataset) if dataset else None,
         command=shlex.join(command) if isinstance(command, list) else command,
         environment=environment,
         epochs=len(rows) or None,
-        seen=len(rows) * per_epoch or None,
+        seen=seen * per_epoch or None,
         hours=sum(per_epoch / float(row["images_per_second"]) for row in rows if per_epoch) / 3600 or None,
         seed=config.get("seed"),
         curve=run / CURVE if (run / CURVE).is_file() else None,
@@ -227,7 +230,7 @@ def _training(record: Record) -> list[str]:
     facts = {
         "dataset": record.dataset,
         "epochs": record.epochs,
-        "images seen": f"{record.seen:,}" if record.seen else None,
+        "images seen up to the best epoch": f"{record.seen:,}" if record.seen else None,
         "hours of training steps": f"{record.hours:.2f}" if record.hours else None,
         "seed": record.seed,
     }

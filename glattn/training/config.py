@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -224,6 +225,12 @@ def _describe(hint: Any) -> str:
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[hint.__name__]
 
 
+def _number(entry: Any) -> Any:
+    """Return text such as 1e-6, which YAML does not take for a number, as one; anything else as it is."""
+    number = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
+    return float(entry) if isinstance(entry, str) and re.fullmatch(number, entry) else entry
+
+
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """Return `value` as the hinted type, or raise; YAML reads 1e-3 as text, and off as false."""
     if get_origin(hint) in (Union, types.UnionType):
@@ -241,7 +248,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{name}={value!r}: allowed is {_describe(hint)}" + (f"; {close[0]!r}?" if close else ""))
     if get_origin(hint) is dict:
         if isinstance(value, dict):
-            return value
+            return {key: _number(entry) for key, entry in value.items()}
     elif hint is float and not isinstance(value, bool):
         try:
             number = float(value)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glattn.files import gzipped
+
 TABLE = "fractals1k.csv.gz"
 CLASSES, MOST_MAPS = 1000, 4
 SAMPLES = 50_000  # an epoch's training images
@@ -68,7 +70,7 @@ def pack(table: Sequence[np.ndarray]) -> bytes:
     writer.writerow(["class", "a", "b", "c", "d", "e", "f"])
     for number, maps in enumerate(table):
         writer.writerows([number, *(f"{value:.{_DIGITS}f}" for value in row)] for row in maps)
-    return gzip.compress(text.getvalue().encode(), 9, mtime=0)
+    return gzipped(text.getvalue())
 
 
 def read_table() -> list[np.ndarray]:
