@@ -119,6 +119,8 @@ class MultiHeadGlobalAttention(nn.Module):
             self.groups.append(
                 HeadGroup(heads, self.head_dim, layout=layout, map_size=self.pooled(map_size), config=config, **factory)
             )
+        # channels of each group's queries, keys (unless they are the queries) and values
+        self.widths = [group.num_heads * group.head_dim for group in self.groups] * (2 if shared else 3)
         self.proj = ConvNorm(dim, dim, **factory) if project else nn.Identity()
 
     @torch.jit.ignore
@@ -152,16 +154,11 @@ class MultiHeadGlobalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the attended map."""
-        qkv = self.qkv(self.embed(self.pool(x)))
+        qkv = self.qkv(self.embed(self.pool(x))).split(self.widths, dim=1)
         outs: list[Tensor] = []
         for i, group in enumerate(self.groups):
-            width = group.num_heads * group.head_dim
             # counted from the end, so that keys are the queries where a mechanism shares them
-            at = i * width
-            q = qkv[:, at : at + width]
-            k = qkv[:, at - 2 * self.dim + qkv.shape[1] : at - 2 * self.dim + qkv.shape[1] + width]
-            v = qkv[:, at - self.dim + qkv.shape[1] : at - self.dim + qkv.shape[1] + width]
-            outs.append(group(q, k, v))
+            outs.append(group(qkv[i], qkv[i - 2 * len(self.groups)], qkv[i - len(self.groups)]))
         out = self.proj(outs[0] if len(outs) == 1 else torch.cat(outs, dim=1))
         if self.pool_stride > 1:
             out = upsample(out, x.shape[2], x.shape[3])
