@@ -224,13 +224,15 @@ def designs(folder: str) -> str:
 
 def ablation() -> str:
     """Return what each mechanism does to accuracy and speed."""
-    head = ("mechanism", "design", "parameters (M)", "GMACs", "speed", "top-1", "less the default", "95%", "")
+    head = (
+        "mechanism", "design", "parameters (M)", "GMACs", "speed", "seeds", "top-1", "less the default", "95%", ""
+    )  # fmt: skip
     rows = []
     for row in read("ablation/icons100.csv"):
         design = row["design"].partition("(")[2].removesuffix(")")
         cells = [row["mechanism"], f"`{design}`" if design else "", f"{float(row['parameters']):.1f}"]
         cells += [f"{float(row['gmacs']):.2f}", f"{float(row['times_default_speed']):.2f}"]
-        cells += [f"{float(row['test_top1']):.1f}", *difference(row)]
+        cells += [row["seeds"], f"{float(row['test_top1']):.1f}", *difference(row)]
         rows.append(cells)
     return markdown(head, rows)
 
@@ -338,8 +340,8 @@ def measured() -> str:
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),
-        **{folder: transfer(folder) for folder in ("transfer", "transfer-200k")},
-        "pretraining-200k": pretraining("transfer-200k"),
+        **{folder: transfer(folder) for folder in ("transfer", "transfer-2m", "transfer-200k")},
+        **{f"pretraining-{pictures}": pretraining(f"transfer-{pictures}") for pictures in ("2m", "200k")},
     }
     for name, table in tables.items():
         text = fill(text, name, table)
