@@ -126,7 +126,7 @@ class GLAttnConfig:
         mixer: The mixer of each stage; one `MixerConfig` stands for all four.
         stem_stride: Stride of the stem, in pixels: 4, or 2 for small images.
         act_layer: Activation of stem and MLP, by timm's name.
-        layer_scale: First value of the residual branches' layer scale; ``None`` leaves it out.
+        layer_scale: First value of the residual branches' layer scale; 0 leaves it out (None is dropped by timm).
         abs_pos: Learnable absolute position encoding: ``none``, ``stem`` (added once) or ``stages`` (added at
             each stage's start).
 
@@ -140,7 +140,7 @@ class GLAttnConfig:
     mixer: tuple[MixerConfig, ...] = field(default_factory=lambda: (MixerConfig(),) * NUM_STAGES)
     stem_stride: int = 4
     act_layer: str = "hard_swish"
-    layer_scale: float | None = 0.1
+    layer_scale: float = 0.1
     abs_pos: str = "none"
 
     def __post_init__(self) -> None:
@@ -161,10 +161,9 @@ class GLAttnConfig:
             raise ValueError(
                 f"stem_stride={self.stem_stride!r} is not a stride of the stem; use 4, or 2 for small images"
             )
-        if self.layer_scale is not None:
-            scale = self.layer_scale
-            if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
-                raise ValueError(f"layer_scale={scale!r}; give a positive number such as 0.1, or None to leave it out")
+        scale = self.layer_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale >= 0:
+            raise ValueError(f"layer_scale={scale!r}; give a positive number such as 0.1, or 0 to leave it out")
 
     def replace(self, **options: Any) -> GLAttnConfig:
         """Return this config with options changed: fields of this class, or of `MixerConfig` (one value, or four).

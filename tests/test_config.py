@@ -71,7 +71,7 @@ def test_unknown_options_raise_type_error(options, words):
         ({"window_size": 3.5}, ["window_size=3.5", "integer"]),
         ({"halo": -1}, ["halo=-1"]),
         ({"attn_drop": 1.5}, ["attn_drop=1.5"]),
-        ({"layer_scale": -1.0}, ["layer_scale=-1.0"]),
+        ({"layer_scale": -1.0}, ["layer_scale=-1.0", "0 to leave it out"]),
         ({"stem_stride": 3}, ["stem_stride=3", "4"]),
         ({"abs_pos": "stme"}, ["abs_pos='stme'", "did you mean 'stem'"]),
         ({"output_stride": 12}, ["output_stride=12", "8, 16, 32"]),
@@ -88,6 +88,13 @@ def test_impossible_options_say_what_is_allowed(options, words):
         timm.create_model("test_glattn", **options)
     assert [word for word in words if word not in str(caught.value)] == []
     assert "\n" not in str(caught.value)
+
+
+def test_layer_scale_may_be_left_out():
+    model = timm.create_model("test_glattn", layer_scale=0)
+    assert not [name for name, _ in model.named_parameters() if "ls1" in name or "ls2" in name]
+    again = timm.create_model("test_glattn", **model.config.to_dict())  # which drops what is None
+    again.load_state_dict(model.state_dict())
 
 
 def test_every_kind_is_reachable():

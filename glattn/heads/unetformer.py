@@ -118,7 +118,7 @@ class UNetFormerDecoder(nn.Module):
                 ),
                 Mlp(dim, hidden_dim=int(dim * mlp_ratio), act_layer=act_layer),
                 dim=dim,
-                layer_scale=None,
+                layer_scale=0.0,
                 drop_path=0.0,
             )
             for stride in reversed(reductions[1:])

@@ -97,7 +97,7 @@ class GlobalLocalBlock(nn.Module):
         mixer: A `GlobalLocalAttention`.
         mlp: An `Mlp`.
         dim: Channels in and out.
-        layer_scale: First value of the layer scale; None leaves it out.
+        layer_scale: First value of the layer scale; 0 leaves it out.
         drop_path: Rate at which an image skips a branch in training.
     """
 
@@ -107,7 +107,7 @@ class GlobalLocalBlock(nn.Module):
         mlp: nn.Module,
         *,
         dim: int,
-        layer_scale: float | None,
+        layer_scale: float,
         drop_path: float,
         **factory: Any,
     ) -> None:
