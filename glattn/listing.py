@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 from dataclasses import dataclass
+from typing import Any
 
 ROW = "{:<24} {:>9} {:>7} {:>5}  {}"
 
@@ -28,8 +29,8 @@ class Member:
     weights: tuple[str, ...]
 
 
-def describe(name: str) -> Member:
-    """Return what a model of timm's registry costs, counted on the meta device: nothing is computed."""
+def describe(name: str, **options: Any) -> Member:
+    """Return what a model of timm's registry, with options, costs, counted on the meta device: nothing is computed."""
     import timm
     import torch
     from timm.data.config import resolve_model_data_config
@@ -37,7 +38,7 @@ def describe(name: str) -> Member:
     from glattn.benchmark.cost import count_macs
 
     with torch.device("meta"):
-        model = timm.create_model(name).eval()
+        model = timm.create_model(name, **options).eval()
     channels, height, width = resolve_model_data_config(model)["input_size"]
     tagged = timm.list_models(f"{name}.*", pretrained=True, include_tags=True)
     return Member(

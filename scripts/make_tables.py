@@ -14,7 +14,7 @@ import timm
 from make_weights import BEFORE
 from transfer import TASKS
 
-from glattn.benchmark.contestant import split_options
+from glattn.benchmark.contestant import join_options, split_options
 from glattn.files import write_text
 from glattn.hub.card import model_card, read_record
 from glattn.hub.local_dir import save_config
@@ -31,7 +31,8 @@ CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
 def count(name: str) -> tuple[float, float]:
     """Return millions of parameters and GMACs at the default size, attention counted, of a 1000-class model."""
-    member = describe(name)
+    model, options = split_options(name)
+    member = describe(model, **options)
     return member.params / 1e6, member.macs / 1e9
 
 
@@ -165,6 +166,33 @@ def widths() -> str:
             cells.append(top1_by_seed(accuracies.get(name, [])))
             rows.append(cells)
     return markdown(head, rows)
+
+
+def searched() -> str:
+    """Return the designs of atto that were tried: speed as a multiple of ConvNeXt's, accuracy on drawings by seed."""
+    speeds = {
+        (row["model"], f"{row['task']} {row['batch']}"): f"{float(row['ratio']):.2f}"
+        for row in read("designs/speed.csv")
+    }
+    found = {data: runs_by_model(f"designs/{data}") for data in ("icons100", "emoji")}
+    shown = ("dims", "depths", "mlp_ratio", "act_layer")
+    rows = []
+    for name in sorted(found["emoji"].keys() | found["icons100"].keys()):
+        options = split_options(name)[1]
+        cells = [_dashed(options.pop(key)) for key in shown]
+        cells.append(join_options("", options).strip("()").replace("=", " "))
+        parameters, macs = count(name)
+        cells += [f"{parameters:.1f}", f"{macs:.2f}"]
+        cells += [speeds.get((name, case), "") for case in ("infer 1", "infer 8", "train 8")]
+        rows.append([*cells, *(top1_by_seed(runs.get(name, [])) for runs in found.values())])
+    head = ("widths", "depths", "MLP ratio", "activation", "also", "parameters (M)", "GMACs", "batch 1", "batch 8",
+            "training", *(f"{data}, by seed" for data in found))  # fmt: skip
+    return markdown(head, rows)
+
+
+def _dashed(value: object) -> str:
+    """Return an option of one value, or of one a stage, for a cell."""
+    return "-".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"
 
 
 def deployment() -> str:
@@ -340,6 +368,7 @@ def measured() -> str:
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),
+        "designs": searched(),
         **{folder: transfer(folder) for folder in ("transfer", "transfer-2m", "transfer-200k")},
         **{f"pretraining-{pictures}": pretraining(f"transfer-{pictures}") for pictures in ("2m", "200k")},
     }
