@@ -14,7 +14,7 @@ import timm
 from make_weights import BEFORE
 from transfer import TASKS
 
-from glattn.benchmark.contestant import join_options, split_options
+from glattn.benchmark.contestant import split_options
 from glattn.files import write_text
 from glattn.hub.card import model_card, read_record
 from glattn.hub.local_dir import save_config
@@ -158,7 +158,7 @@ def widths() -> str:
         model, options = split_options(name)
         if options:
             size = model.removeprefix("glattn_")
-            cells = [size, *("-".join(map(str, options[key])) for key in ("dims", "depths"))]
+            cells = [size, *(_dashed(options[key]) for key in ("dims", "depths"))]
             cells += [f"{float(batches['8']['params_m']):.1f}", f"{float(batches['8']['gmacs']):.2f}"]
             for batch, row in batches.items():
                 base = float(found[f"convnext_{size}"][batch]["images_per_second"])
@@ -180,7 +180,7 @@ def searched() -> str:
     for name in sorted(found["emoji"].keys() | found["icons100"].keys()):
         options = split_options(name)[1]
         cells = [_dashed(options.pop(key)) for key in shown]
-        cells.append(join_options("", options).strip("()").replace("=", " "))
+        cells.append(", ".join(f"{key} {value!r}" for key, value in options.items()))
         parameters, macs = count(name)
         cells += [f"{parameters:.1f}", f"{macs:.2f}"]
         cells += [speeds.get((name, case), "") for case in ("infer 1", "infer 8", "train 8")]
