@@ -19,7 +19,7 @@ _TINY = _size((64, 128, 384, 640), (2, 2, 6, 3))
 
 VARIANTS: dict[str, GLAttnConfig] = {
     "test_glattn": _size((16, 24, 32, 64), (1, 1, 2, 1), head_dim=8),
-    "glattn_atto": _size((32, 64, 160, 256), (1, 1, 4, 2)),
+    "glattn_atto": _size((32, 64, 160, 448), (1, 1, 3, 1), mlp_ratio=(4.0, 4.0, 4.0, 2.0), act_layer="relu"),
     "glattn_pico": _size((64, 96, 224, 416), (1, 2, 4, 2)),
     "glattn_nano": _size((64, 128, 288, 512), (1, 2, 6, 2)),
     "glattn_tiny": _TINY,
