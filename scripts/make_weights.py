@@ -1,4 +1,4 @@
-"""Put a run's best weights into the package, ready to start from and in fp16, and the run's record into docs/weights/.
+"""Put a run's best weights into the package, ready to start from, parameters in fp16, and the run's record into docs/weights/.
 
     glattn pretrain --run runs/fractals && python scripts/make_weights.py runs/fractals && make tables
 
@@ -109,8 +109,7 @@ def main() -> int:
         # read before any is written: --after may name what is there
         kept = {folder / file: (run / file).read_bytes() for folder, run in records.items() for file in RECORD}
         for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.data = parameter.data.half()
+            parameter.data = parameter.data.half()
         save_weights(model, cfg.file)
         shipped = measure(timm.create_model(name, pretrained=True))
         shutil.rmtree(record / BEFORE, ignore_errors=True)
