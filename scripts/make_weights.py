@@ -1,4 +1,4 @@
-"""Put a run's best weights into the package, ready to start from, parameters in fp16, and the run's record into docs/weights/.
+"""Put a run's best weights into the package, ready to start from and in fp16, and the run's record into docs/weights/.
 
     glattn pretrain --run runs/fractals && python scripts/make_weights.py runs/fractals && make tables
 

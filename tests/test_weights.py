@@ -92,7 +92,7 @@ def test_no_rate_is_too_low_for_them():
     """In front of a batch norm no kernel is larger than a new model's: one step turns both as far."""
     ours, new = (timm.create_model("glattn_atto", pretrained=given).eval() for given in (True, False))
     pairs = observe(ours, torch.zeros(1, 3, 64, 64))
-    assert len(pairs) > 70
+    assert len(pairs) > 50
     for conv, _ in pairs:
         assert ours.get_submodule(conv).weight.norm() < 1.2 * new.get_submodule(conv).weight.norm(), conv
 
