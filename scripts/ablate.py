@@ -28,8 +28,8 @@ WINDOWS = ["window", "window", "window", "full"]
 # mechanism: what stands instead of the default; every list has one value a stage
 DESIGNS: dict[str, list[dict[str, Any]]] = {
     "default": [{}],
-    # the second has as many parameters as the default
-    "branches": [{"fusion": "local"}, {"fusion": "local", "mlp_ratio": 5.5}, {"fusion": "global"}],
+    # the second has as many parameters as the default of glattn_atto
+    "branches": [{"fusion": "local"}, {"fusion": "local", "mlp_ratio": [5.5, 5.5, 5.5, 3.5]}, {"fusion": "global"}],
     "fusion": [{"fusion": "split", "head_dim": 16}, {"fusion": "concat"}, {"fusion": "gated"}],
     "kernels": [{"kernel_sizes": sizes} for sizes in ((3,), (5,), (7,), (3, 7))],
     "gate": [{"local_gate": gate} for gate in ("none", "eca")],
@@ -57,7 +57,7 @@ DESIGNS: dict[str, list[dict[str, Any]]] = {
     ],
     "context": [{"context": "gc"}],
     "head width": [{"head_dim": 16}],
-    "activation": [{"act_layer": act} for act in ("relu", "gelu")],
+    "activation": [{"act_layer": act} for act in ("hard_swish", "gelu")],
 }
 COLUMNS = (
     "mechanism", "design", "parameters", "gmacs", "times_default_speed", "data", "test_top1", "points", "low", "high",
