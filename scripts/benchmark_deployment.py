@@ -22,12 +22,13 @@ from timm.utils import reparameterize_model
 from torch import Tensor
 
 import glattn  # noqa: F401 (registers the family)
+from glattn.benchmark.machine import describe
 from glattn.export import export
 from glattn.files import replacing
 
 Run = Callable[[Tensor], Tensor]
 REPEATS = 3  # in a turn
-ROW = ("model", "runtime", "batch", "height", "width", "threads", "milliseconds", "times_eager", "difference")
+ROW = ("model", "runtime", "batch", "height", "width", "milliseconds", "times_eager", "difference")
 
 
 def eager(model: torch.nn.Module, folder: Path, threads: int) -> Run:
@@ -113,7 +114,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/deployment.csv"), help="CSV to write (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = []
+    rows, place = [], describe(torch.device("cpu"))
     for name in args.models:
         torch.manual_seed(0)
         model = timm.create_model(name).eval()
@@ -138,11 +139,11 @@ def main() -> int:
                     for runtime, times in seconds.items():
                         ratio = statistics.median(e / t for e, t in zip(seconds["eager"], times, strict=True))
                         milliseconds = statistics.median(times) * 1000
-                        row = (name, runtime, batch, height, width, args.threads, f"{milliseconds:.2f}", f"{ratio:.2f}")
+                        row = (name, runtime, batch, height, width, f"{milliseconds:.2f}", f"{ratio:.2f}")
                         rows.append((*row, f"{off[runtime]:.1e}"))
                         print("  ".join(f"{value!s:>12}" for value in rows[-1]), flush=True)
     with replacing(args.output) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([ROW, *rows])
+        csv.writer(file).writerows([(*ROW, *place), *((*row, *place.values()) for row in rows)])
     return 0
 
 

@@ -82,10 +82,17 @@ def read(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def place(rows: Iterable[dict[str, str]]) -> str:
+    """Return the machines that rows were measured on, a line to stand below their table."""
+    machines = {(row["machine"], row["cores"], row["capability"]): None for row in rows}
+    return "\n\nOn " + ", ".join(f"{cores} cores of {name} ({kind})" for name, cores, kind in machines) + "."
+
+
 def speed(size: str) -> str:
     """Return how fast a size and its peers are, as multiples of the ConvNeXt of that name."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for row in read(f"speed-{size}/rows.csv"):
+    measured = read(f"speed-{size}/rows.csv")
+    for row in measured:
         found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = row
     head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8", "training, batch 8")
     rows = []
@@ -97,20 +104,21 @@ def speed(size: str) -> str:
         values = [(cases.get(case, {}).get(field), form) for case, field, form in columns]
         cells = [format(float(value), form) if value else "" for value, form in values]
         rows.append([f"{bold}`{name}`{bold}", *cells])
-    return markdown(head, rows)
+    return markdown(head, rows) + place(measured)
 
 
 def modes() -> str:
     """Return what compilation and bfloat16 gain each model over its own eager fp32, images a second."""
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for row in read("speed-modes/rows.csv"):
+    measured = read("speed-modes/rows.csv")
+    for row in measured:
         rate = float(row["images_per_second"] or "nan")
         found.setdefault((row["model"], row["batch"]), {})[f"{row['precision']} {row['engine']}"] = rate
     kinds = list(next(iter(found.values())))
     rows = []
     for (name, batch), rates in found.items():
         rows.append([f"`{name}`", batch, *(f"{rates[kind] / rates[kinds[0]]:.2f}" for kind in kinds[1:])])
-    return markdown(["model", "batch", *kinds[1:]], rows)
+    return markdown(["model", "batch", *kinds[1:]], rows) + place(measured)
 
 
 def scaling() -> str:
@@ -198,14 +206,15 @@ def _dashed(value: object) -> str:
 def deployment() -> str:
     """Return each runtime's speed as a multiple of eager's, and how far its logits are off."""
     table: dict[str, dict[str, dict[str, str]]] = {}
-    for row in read("deployment.csv"):
+    measured = read("deployment.csv")
+    for row in measured:
         table.setdefault(row["runtime"], {})[f"{row['model']}, batch {row['batch']}"] = row
     cases = list(next(iter(table.values())))
     rows = []
     for runtime, found in table.items():
         off = max(float(row["difference"]) for row in found.values())
         rows.append([runtime, *(found[case]["times_eager"] for case in cases), f"{off:.0e}"])
-    return markdown(["runtime", *cases, "largest difference"], rows)
+    return markdown(["runtime", *cases, "largest difference"], rows) + place(measured)
 
 
 def runs_by_model(folder: str) -> dict[str, list[dict[str, str]]]:
