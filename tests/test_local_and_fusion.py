@@ -20,6 +20,7 @@ from glattn.layers import (
     MultiHeadGlobalAttention,
     MultiScaleConv,
 )
+from glattn.layers import conv as conv_module
 from glattn.layers.augmented import AugmentedConv, offset_embedding, relative_logits
 from glattn.layers.conv import BatchNorm2d, Pointwise
 
@@ -374,6 +375,57 @@ def test_a_pointwise_convolution_of_few_cells_is_a_matrix_product(monkeypatch):
         x = torch.randn(2, 6, height, 32)
         conv(x.to(memory_format=torch.channels_last) if channels_last else x)
         assert len(products) == 1, (height, channels_last)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The calls of oneDNN's matrix product."""
+    calls, real = [], conv_module._PRODUCT
+    if real is None:
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(conv_module, "_PRODUCT", lambda *given: calls.append(given) or real(*given))
+    return calls
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_pointwise_convolution_in_inference_is_onednns_product(products, mode, bias):
+    conv = Pointwise(192, 160, 1, bias=bias).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 192, 7, 9).to(memory_format=torch.channels_last)
+    with mode():
+        y = conv(x)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, F.conv2d(x, conv.weight, conv.bias), rtol=1e-4, atol=1e-5)
+    assert len(products) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_onednns_product_is_left_out_where_it_cannot_be_had(products, monkeypatch):
+    conv = Pointwise(192, 160, 1).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 192, 7, 9).to(memory_format=torch.channels_last)
+    conv(x).sum().backward()
+    assert conv.weight.grad is not None
+    with torch.no_grad():
+        assert conv.double()(x.double()).dtype == torch.float64
+        assert conv.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        conv.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert conv(x).dtype == torch.bfloat16
+        with FlopCounterMode(display=False) as counter:
+            conv(x)
+        assert counter.get_total_flops() == 2 * 2 * 7 * 9 * 192 * 160
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.mkldnn, "enabled", False)
+            conv(x)
+        torch.func.vmap(conv)(x[None])
+        torch.jit.script(conv)(x)
+        torch.jit.trace(conv, x, check_trace=False)
+        torch.export.export(conv, (x,))
+        conv(x.contiguous())
+        conv(x[:1, :, :1, :1])
+        assert not products
+        conv(x)
+    assert len(products) == 1
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's attention under vmap

@@ -45,18 +45,43 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
+# oneDNN's matrix product, which the compiler uses, too: in fp32 F.linear has MKL's, half as fast on AMD. Inference only
+_PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_LEAST = 2**20  # multiply-adds, below which preparing that product takes longer than it saves
+
+
+def _product_fits(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether oneDNN's product is there for these: it knows no gradients, and torch's modes do not know it."""
+    return (
+        _PRODUCT is not None
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.dtype == weight.dtype == torch.float32
+        and torch.backends.mkldnn.enabled
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._functorch.maybe_current_level()
+        and not torch._C._len_torch_dispatch_stack()  # of what counts multiply-adds, say
+    )
+
+
 @torch.fx.wrap
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, few: int = 1024) -> Tensor:
-    """A 1x1 convolution; on the CPU, of few cells in channels_last memory, as the matrix product that it is.
+    """A 1x1 convolution; on the CPU, in channels_last memory, as the matrix product that it is where that is faster.
 
-    There the convolution takes up to twice as long, and eight times as long on a map of one cell. `few` is of the
-    whole batch.
+    So it is of few cells, of which the convolution takes up to twice as long, and eight times as long on a map of one
+    cell; and of any number in inference. `few` is of the whole batch.
     """
     if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         rows = x.permute(0, 2, 3, 1)
         # contiguous: in channels_last memory, asked in a way that vmap can answer
-        if x.shape[0] * x.shape[2] * x.shape[3] <= few and x.device.type == "cpu" and rows.is_contiguous():
-            return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
+        if x.device.type == "cpu" and rows.is_contiguous():
+            cells = x.shape[0] * x.shape[2] * x.shape[3]
+            if not torch.jit.is_scripting():
+                if cells * weight.shape[0] * weight.shape[1] >= _LEAST and _product_fits(x, weight):
+                    return _PRODUCT(rows, weight.flatten(1), bias, "none", [], "").permute(0, 3, 1, 2)
+            if cells <= few:
+                return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias)
 
 
