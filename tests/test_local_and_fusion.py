@@ -368,13 +368,16 @@ def test_a_pointwise_convolution_is_torchs(cells, bias, memory_format):
 
 def test_a_pointwise_convolution_of_few_cells_is_a_matrix_product(monkeypatch):
     conv = Pointwise(6, 10, 1)
-    products = []
+    calls = []
     real = F.linear
-    monkeypatch.setattr("torch.nn.functional.linear", lambda *given: products.append(given) or real(*given))
-    for height, channels_last in ((16, True), (17, True), (16, False)):
-        x = torch.randn(2, 6, height, 32)
-        conv(x.to(memory_format=torch.channels_last) if channels_last else x)
-        assert len(products) == 1, (height, channels_last)
+    monkeypatch.setattr("torch.nn.functional.linear", lambda *given: calls.append(given) or real(*given))
+    for training, height in ((True, 4), (False, 16)):
+        calls.clear()
+        with torch.set_grad_enabled(training):
+            for more, channels_last in ((0, True), (1, True), (0, False)):
+                x = torch.randn(2, 6, height + more, 32)
+                conv(x.to(memory_format=torch.channels_last) if channels_last else x)
+                assert len(calls) == 1, (training, more, channels_last)
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ def _product_fits(x: Tensor, weight: Tensor) -> bool:
         _PRODUCT is not None
         and not torch.is_grad_enabled()
         and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
         and x.dtype == weight.dtype == torch.float32
         and torch.backends.mkldnn.enabled
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
@@ -66,11 +67,11 @@ def _product_fits(x: Tensor, weight: Tensor) -> bool:
 
 
 @torch.fx.wrap
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, few: int = 1024) -> Tensor:
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution; on the CPU, in channels_last memory, as the matrix product that it is where that is faster.
 
-    So it is of few cells, of which the convolution takes up to twice as long, and eight times as long on a map of one
-    cell; and of any number in inference. `few` is of the whole batch.
+    So it is in inference; and of few cells, of the whole batch, of which the convolution takes up to twice as long, and
+    eight times as long on a map of one cell. In training in fp32 it gains of fewer cells only.
     """
     if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         rows = x.permute(0, 2, 3, 1)
@@ -80,7 +81,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, few: int = 1024) -
             if not torch.jit.is_scripting():
                 if cells * weight.shape[0] * weight.shape[1] >= _LEAST and _product_fits(x, weight):
                     return _PRODUCT(rows, weight.flatten(1), bias, "none", [], "").permute(0, 3, 1, 2)
-            if cells <= few:
+            if cells <= (256 if torch.is_grad_enabled() and x.dtype == torch.float32 else 1024):
                 return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias)
 
