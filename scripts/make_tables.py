@@ -107,6 +107,18 @@ def speed(size: str) -> str:
     return markdown(head, rows) + place(measured)
 
 
+def xeon() -> str:
+    """Return ours on another machine, by an earlier commit, as multiples of the ConvNeXt of that name."""
+    found: dict[str, dict[str, str]] = {}
+    measured = read("xeon.csv")
+    for row in measured:
+        found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = f"{float(row['ratio']):.2f}"
+    rows = [
+        [f"`{name}`", *(c.get(case, "") for case in ("infer 1", "infer 8", "train 8"))] for name, c in found.items()
+    ]
+    return markdown(("model", "batch 1", "batch 8", "training, batch 8"), rows) + place(measured)
+
+
 def modes() -> str:
     """Return what compilation and bfloat16 gain each model over its own eager fp32, images a second."""
     found: dict[tuple[str, str], dict[str, float]] = {}
@@ -124,7 +136,8 @@ def modes() -> str:
 def scaling() -> str:
     """Return time and peak memory a pixel, weights left out, as multiples of those at 224."""
     by_model: dict[str, dict[int, dict[str, str]]] = {}
-    for row in read("scaling/rows.csv"):
+    measured = read("scaling/rows.csv")
+    for row in measured:
         by_model.setdefault(row["model"], {})[int(row["pixels"])] = row
     sides = sorted(next(iter(by_model.values())))
     head = [f"{what} at {side}" for what in ("time", "memory") for side in sides[1:]]
@@ -139,7 +152,7 @@ def scaling() -> str:
             least = cost(cases[sides[0]]) / sides[0] ** 2
             cells += [f"{cost(cases[side]) / side**2 / least:.2f}" for side in sides[1:]]
         rows.append([f"`{name}`", *cells])
-    return markdown(["model", *head], rows)
+    return markdown(["model", *head], rows) + place(measured)
 
 
 def choice() -> str:
@@ -369,6 +382,7 @@ def measured() -> str:
     for size in PEERED:
         text = fill(text, f"speed-{size}", speed(size))
     tables = {
+        "speed-xeon": xeon(),
         "scaling": scaling(),
         "deployment": deployment(),
         "modes": modes(),
@@ -378,8 +392,8 @@ def measured() -> str:
         "choice": choice(),
         "widths": widths(),
         "designs": searched(),
-        **{folder: transfer(folder) for folder in ("transfer", "transfer-2m", "transfer-200k")},
-        **{f"pretraining-{pictures}": pretraining(f"transfer-{pictures}") for pictures in ("2m", "200k")},
+        **{folder: transfer(folder) for folder in ("transfer", "transfer-peers")},
+        "pretraining": pretraining("transfer-peers"),
     }
     for name, table in tables.items():
         text = fill(text, name, table)
