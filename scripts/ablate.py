@@ -28,7 +28,7 @@ WINDOWS = ["window", "window", "window", "full"]
 # mechanism: what stands instead of the default; every list has one value a stage
 DESIGNS: dict[str, list[dict[str, Any]]] = {
     "default": [{}],
-    # the second has as many parameters as the default of glattn_atto
+    # the second has about as many parameters as the default of glattn_atto
     "branches": [{"fusion": "local"}, {"fusion": "local", "mlp_ratio": [5.5, 5.5, 5.5, 3.5]}, {"fusion": "global"}],
     "fusion": [{"fusion": "split", "head_dim": 16}, {"fusion": "concat"}, {"fusion": "gated"}],
     "kernels": [{"kernel_sizes": sizes} for sizes in ((3,), (5,), (7,), (3, 7))],

@@ -84,8 +84,9 @@ def read(name: str) -> list[dict[str, str]]:
 
 def place(rows: Iterable[dict[str, str]]) -> str:
     """Return the machines that rows were measured on, a line to stand below their table."""
-    machines = {(row["machine"], row["cores"], row["capability"]): None for row in rows}
-    return "\n\nOn " + ", ".join(f"{cores} cores of {name} ({kind})" for name, cores, kind in machines) + "."
+    machines = dict.fromkeys((row["threads"], row["machine"], row["capability"]) for row in rows)
+    names = (f"{threads} threads of {name}" + (f" ({kind})" if kind else "") for threads, name, kind in machines)
+    return f"\n\nOn {', '.join(names)}."
 
 
 def speed(size: str) -> str:
@@ -158,17 +159,20 @@ def scaling() -> str:
 def choice() -> str:
     """Return both designs' speed as multiples of ConvNeXt's, from a run when the first was the default."""
     found: dict[tuple[str, str], list[str]] = {}
-    for row in read("default/rows.csv"):
+    measured = read("default/rows.csv")
+    for row in measured:
         if row["model"].startswith("glattn"):
             found.setdefault((row["model"].partition("(")[0], row["batch"]), []).append(f"{float(row['ratio']):.2f}")
     head = ("model", "batch", "full attention at stride 16", "pooled by two there")
-    return markdown(head, [[f"`{name}`", batch, *cells] for (name, batch), cells in found.items()])
+    table = markdown(head, [[f"`{name}`", batch, *cells] for (name, batch), cells in found.items()])
+    return table + place(measured)
 
 
 def widths() -> str:
     """Return what fewer and wider blocks do: speed as a multiple of the ConvNeXt's of that size, accuracy on icons."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for row in read("widths/rows.csv"):
+    measured = read("widths/rows.csv")
+    for row in measured:
         found.setdefault(row["model"], {})[row["batch"]] = row
     accuracies: dict[str, list[dict[str, str]]] = {}
     for row in read("widths/icons100.csv"):
@@ -186,15 +190,13 @@ def widths() -> str:
                 cells.append(f"{float(row['images_per_second']) / base:.2f}")
             cells.append(top1_by_seed(accuracies.get(name, [])))
             rows.append(cells)
-    return markdown(head, rows)
+    return markdown(head, rows) + place(measured)
 
 
 def searched() -> str:
     """Return the designs of atto that were tried: speed as a multiple of ConvNeXt's, accuracy on drawings by seed."""
-    speeds = {
-        (row["model"], f"{row['task']} {row['batch']}"): f"{float(row['ratio']):.2f}"
-        for row in read("designs/speed.csv")
-    }
+    measured = read("designs/speed.csv")
+    speeds = {(row["model"], f"{row['task']} {row['batch']}"): f"{float(row['ratio']):.2f}" for row in measured}
     found = {data: runs_by_model(f"designs/{data}") for data in ("icons100", "emoji")}
     shown = ("dims", "depths", "mlp_ratio", "act_layer")
     rows = []
@@ -208,7 +210,7 @@ def searched() -> str:
         rows.append([*cells, *(top1_by_seed(runs.get(name, [])) for runs in found.values())])
     head = ("widths", "depths", "MLP ratio", "activation", "also", "parameters (M)", "GMACs", "batch 1", "batch 8",
             "training", *(f"{data}, by seed" for data in found))  # fmt: skip
-    return markdown(head, rows)
+    return markdown(head, rows) + place(measured)
 
 
 def _dashed(value: object) -> str:

@@ -46,10 +46,11 @@ def _processor() -> str:
 
 
 def warm_allocator() -> None:
-    """Free as large a block as glibc learns from, so that a model's speed does not depend on what else ran before it.
+    """Free as large a block as glibc learns from, so that a model's speed depends less on what else ran before it.
 
     After a large block was freed, smaller ones are kept for the next step instead of being handed back to the system
-    and fetched again: without, ConvNeXt-Atto alone is almost twice as slow as behind a larger model.
+    and fetched again: without, ConvNeXt-Atto alone is almost twice as slow as behind a larger model. Blocks above
+    32 MiB are fetched anew even so.
     """
     torch.zeros(2**25 - 2**16, dtype=torch.uint8)
 
@@ -57,7 +58,7 @@ def warm_allocator() -> None:
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Step, int]:
     """Return a square matrix product as a step, and its multiply-adds.
 
-    On a CPU it is the faster one of two libraries': MKL's by torch.mm, and oneDNN's by a 1x1 convolution, which on AMD
+    On a CPU it is the faster one of torch.mm, which in fp32 is MKL's, and oneDNN's as a 1x1 convolution, which on AMD
     has twice the rate.
     """
     side = _SIDE[device.type]
@@ -69,7 +70,8 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Step, int]
 
     if device.type != "cpu":
         return product, side**3
-    rows, weight = a.view(1, 64, -1, side).permute(0, 3, 1, 2), b[:, :, None, None]  # in channels_last memory
+    # in channels_last memory; of a batch that oneDNN is given even on one thread
+    rows, weight = a.view(64, -1, 1, side).permute(0, 3, 1, 2), b[:, :, None, None]
 
     def convolution() -> None:
         F.conv2d(rows, weight)

@@ -45,19 +45,30 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
-# oneDNN's matrix product, which the compiler uses, too: in fp32 F.linear has MKL's, half as fast on AMD. Inference only
-_PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+def _find_product() -> Any:
+    """Return oneDNN's matrix product, if this torch has it, and what tells where it must not be used."""
+    needed = (torch._C, "_len_torch_dispatch_stack"), (torch._C._functorch, "maybe_current_level")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(*name) for name in needed):
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+# the compiler uses it, too; F.linear's is MKL's in fp32, half as fast on AMD (on Intel the two were not compared)
+_PRODUCT = _find_product()
 _LEAST = 2**20  # multiply-adds, below which preparing that product takes longer than it saves
 
 
-def _product_fits(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether oneDNN's product is there for these: it knows no gradients, and torch's modes do not know it."""
+def _product_fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether oneDNN's product takes these: it has no derivatives, no checks, and is unknown to torch's modes."""
     return (
         _PRODUCT is not None
         and not torch.is_grad_enabled()
+        and torch.autograd.forward_ad._current_level < 0
         and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and x.dtype == weight.dtype == torch.float32
+        and all(type(p) in (Tensor, nn.Parameter) and p.dtype == x.dtype for p in (weight, bias) if p is not None)
+        and x.dtype == torch.float32
+        and x.shape[1] == weight.shape[1]
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and torch.backends.mkldnn.enabled
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
         and not torch.is_autocast_enabled("cpu")
@@ -79,7 +90,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type == "cpu" and rows.is_contiguous():
             cells = x.shape[0] * x.shape[2] * x.shape[3]
             if not torch.jit.is_scripting():
-                if cells * weight.shape[0] * weight.shape[1] >= _LEAST and _product_fits(x, weight):
+                if cells * weight.shape[0] * weight.shape[1] >= _LEAST and _product_fits(x, weight, bias):
                     return _PRODUCT(rows, weight.flatten(1), bias, "none", [], "").permute(0, 3, 1, 2)
             if cells <= (256 if torch.is_grad_enabled() and x.dtype == torch.float32 else 1024):
                 return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
