@@ -669,3 +669,30 @@ def test_feature_distillation_draws_the_features_near(model, wrong_teacher, trai
     t.export(t.validate())
     saved = load_file(t.folder / "best" / "model.safetensors")
     assert saved.keys() == t.model.state_dict().keys()  # the student alone
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is handed back to the system in other ways")
+def test_training_on_a_cpu_keeps_what_it_frees():
+    code = """if True:
+        import torch
+        from glattn.training.config import TrainConfig
+        from glattn.training.distributed import start_accelerator
+
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1])
+
+        def shed():  # pages, of 51,200
+            large = torch.ones(50 * 2**20)
+            held = resident()
+            del large
+            return held - resident()
+
+        before = shed()
+        start_accelerator(TrainConfig(device="cpu", tracker="none"))
+        print(before, shed())
+    """
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, out.split()[-2:])
+    if before < 40_000:
+        pytest.skip("this C library keeps it by itself")
+    assert after < 5_000

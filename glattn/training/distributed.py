@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from glattn.training.config import TrainConfig
+from glattn.training.memory import keep_freed_memory
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -49,6 +50,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             f"{launched} processes were launched, but each would train alone on {accelerator.device.type}; "
             "device=cpu trains them together on CPUs"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 

@@ -1,0 +1,20 @@
+"""Memory of a training on CPUs: what a step has freed is kept for the next one."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what this process frees, up to the most it ever holds; elsewhere do nothing.
+
+    By itself it hands large blocks back to the system, and fetching them again takes a fifth to a quarter of each step.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt is not None:
+            for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+                mallopt(parameter, 2**31 - 1)
