@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
 # folders of run_proxies.py's runs, and the size that is compared there
 DRAWINGS = {"icons100": "atto", "emoji": "atto", "icons100-tiny": "tiny"}
+CASES = ("infer 1", "infer 8", "train 8")  # of a benchmark, that tables of designs show
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
 
@@ -108,15 +109,17 @@ def speed(size: str) -> str:
     return markdown(head, rows) + place(measured)
 
 
+def ratios(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str], str]:
+    """Return a benchmark's speeds as multiples of its baseline's, by model and case."""
+    return {(row["model"], f"{row['task']} {row['batch']}"): f"{float(row['ratio']):.2f}" for row in rows}
+
+
 def xeon() -> str:
     """Return ours on another machine, by an earlier commit, as multiples of the ConvNeXt of that name."""
-    found: dict[str, dict[str, str]] = {}
     measured = read("xeon.csv")
-    for row in measured:
-        found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = f"{float(row['ratio']):.2f}"
-    rows = [
-        [f"`{name}`", *(c.get(case, "") for case in ("infer 1", "infer 8", "train 8"))] for name, c in found.items()
-    ]
+    speeds = ratios(measured)
+    names = dict.fromkeys(name for name, _ in speeds)
+    rows = [[f"`{name}`", *(speeds.get((name, case), "") for case in CASES)] for name in names]
     return markdown(("model", "batch 1", "batch 8", "training, batch 8"), rows) + place(measured)
 
 
@@ -196,7 +199,7 @@ def widths() -> str:
 def searched() -> str:
     """Return the designs of atto that were tried: speed as a multiple of ConvNeXt's, accuracy on drawings by seed."""
     measured = read("designs/speed.csv")
-    speeds = {(row["model"], f"{row['task']} {row['batch']}"): f"{float(row['ratio']):.2f}" for row in measured}
+    speeds = ratios(measured)
     found = {data: runs_by_model(f"designs/{data}") for data in ("icons100", "emoji")}
     shown = ("dims", "depths", "mlp_ratio", "act_layer")
     rows = []
@@ -206,7 +209,7 @@ def searched() -> str:
         cells.append(", ".join(f"{key} {value!r}" for key, value in options.items()))
         parameters, macs = count(name)
         cells += [f"{parameters:.1f}", f"{macs:.2f}"]
-        cells += [speeds.get((name, case), "") for case in ("infer 1", "infer 8", "train 8")]
+        cells += [speeds.get((name, case), "") for case in CASES]
         rows.append([*cells, *(top1_by_seed(runs.get(name, [])) for runs in found.values())])
     head = ("widths", "depths", "MLP ratio", "activation", "also", "parameters (M)", "GMACs", "batch 1", "batch 8",
             "training", *(f"{data}, by seed" for data in found))  # fmt: skip

@@ -46,9 +46,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def _find_product() -> Any:
-    """Return oneDNN's matrix product, if this torch has it, and what tells where it must not be used."""
+    """Return oneDNN's matrix product, if this processor and torch have it, and what tells where it must not be used."""
     needed = (torch._C, "_len_torch_dispatch_stack"), (torch._C._functorch, "maybe_current_level")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(*name) for name in needed):
+        return None
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
@@ -70,7 +72,6 @@ def _product_fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.shape[1] == weight.shape[1]
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and torch.backends.mkldnn.enabled
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._functorch.maybe_current_level()
         and not torch._C._len_torch_dispatch_stack()  # of what counts multiply-adds, say
