@@ -22,9 +22,10 @@ from timm.utils import reparameterize_model
 from torch import Tensor
 
 import glattn  # noqa: F401 (registers the family)
-from glattn.benchmark.machine import describe, warm_allocator
+from glattn.benchmark.machine import describe
 from glattn.export import export
 from glattn.files import replacing
+from glattn.memory import keep_freed_memory
 
 Run = Callable[[Tensor], Tensor]
 REPEATS = 3  # in a turn
@@ -114,7 +115,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/deployment.csv"), help="CSV to write (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    warm_allocator()
+    keep_freed_memory()
     rows, place = [], describe(torch.device("cpu"))
     for name in args.models:
         torch.manual_seed(0)

@@ -20,7 +20,6 @@ from glattn.layers import (
     MultiHeadGlobalAttention,
     MultiScaleConv,
 )
-from glattn.layers import conv as conv_module
 from glattn.layers.augmented import AugmentedConv, offset_embedding, relative_logits
 from glattn.layers.conv import BatchNorm2d, Pointwise
 
@@ -378,102 +377,6 @@ def test_a_pointwise_convolution_of_few_cells_is_a_matrix_product(monkeypatch):
                 x = torch.randn(2, 6, height + more, 32)
                 conv(x.to(memory_format=torch.channels_last) if channels_last else x)
                 assert len(calls) == 1, (training, more, channels_last)
-
-
-@pytest.fixture
-def products(monkeypatch):
-    """The calls of oneDNN's matrix product."""
-    calls, real = [], conv_module._PRODUCT
-    if real is None:
-        pytest.skip("oneDNN's product is not used here")
-    monkeypatch.setattr(conv_module, "_PRODUCT", lambda *given: calls.append(given) or real(*given))
-    return calls
-
-
-def wide(bias=True):
-    """A pointwise convolution, and a map, large enough for that product."""
-    x = torch.randn(2, 192, 7, 9)
-    return (m.to(memory_format=torch.channels_last) for m in (Pointwise(192, 160, 1, bias=bias), x))
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_pointwise_convolution_in_inference_is_onednns_product(products, mode, bias):
-    conv, x = wide(bias)
-    with mode():
-        y = conv(x)
-        assert y.is_contiguous(memory_format=torch.channels_last)
-        close(y, F.conv2d(x, conv.weight, conv.bias), 1e-4)
-    assert len(products) == 1
-
-
-def autocast(conv, x):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return conv(x)
-
-
-def count(conv, x):
-    with FlopCounterMode(display=False) as counter:
-        y = conv(x)
-    assert counter.get_total_flops() == 2 * x[:, 0].numel() * 192 * 160
-    return y
-
-
-def without_onednn(conv, x):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.mkldnn, "enabled", False)
-        return conv(x)
-
-
-def odd_bias(conv, x):
-    bias = torch.stack([conv.bias, torch.zeros_like(conv.bias)], 1)[:, 0]
-    return torch.func.functional_call(conv, {"weight": conv.weight, "bias": bias}, x)
-
-
-def of_duals(conv, x):
-    with torch.autograd.forward_ad.dual_level():
-        y = torch.autograd.forward_ad.unpack_dual(conv(torch.autograd.forward_ad.make_dual(x, x)))
-        close(y.tangent, F.conv2d(x, conv.weight), 1e-4)
-        return y.primal
-
-
-def of_a_subclass(conv, x):
-    class Weight(nn.Parameter):
-        pass
-
-    conv.weight = Weight(conv.weight.detach())
-    return conv(x)
-
-
-ELSEWHERE = {
-    "gradients": torch.enable_grad()(lambda conv, x: conv(x).detach()),
-    "forward derivatives": of_duals,
-    "bfloat16": lambda conv, x: conv.bfloat16()(x.bfloat16()),
-    "autocast": autocast,
-    "vmap": lambda conv, x: torch.func.vmap(conv)(x[None])[0],
-    "script": lambda conv, x: torch.jit.script(conv)(x),
-    "trace": lambda conv, x: torch.jit.trace(conv, x, check_trace=False)(x),
-    "export": lambda conv, x: torch.export.export(conv, (x,)).module()(x),
-    "counting": count,
-    "oneDNN disabled": without_onednn,
-    "NCHW": lambda conv, x: conv(x.contiguous()),
-    "a bias with strides": odd_bias,
-    "a subclass": of_a_subclass,
-}
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("case", ELSEWHERE)
-def test_onednns_product_is_left_out_where_it_would_be_wrong(products, case):
-    conv, x = wide()
-    wanted = F.conv2d(x, conv.weight, conv.bias).detach()
-    with torch.no_grad():
-        y = ELSEWHERE[case](conv, x)
-    assert not products
-    if y.dtype == torch.bfloat16:
-        torch.testing.assert_close(y.float(), wanted, rtol=0.05, atol=0.05)
-    else:
-        close(y, wanted, 1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's attention under vmap

@@ -160,7 +160,7 @@ def test_the_folded_default_is_one_attention_call_a_block(monkeypatch):
     assert len(calls) == sum(model.config.depths)
     left = {type(m).__name__ for m in model.modules() if not list(m.children())}
     assert left <= {
-        "AdaptiveAvgPool2d", "Conv2d", "Dropout", "FastAdaptiveAvgPool", "Flatten", "Full", "Hardswish", "Identity",
+        "AdaptiveAvgPool2d", "Dropout", "FastAdaptiveAvgPool", "Flatten", "FoldedConv", "Full", "Hardswish", "Identity",
         "Linear", "NoExchange", "NoPosition", "Pointwise", "ReLU", "Sigmoid", "SumFusion",
     }  # fmt: skip
 

@@ -11,12 +11,13 @@ PACKAGE = Path(glattn.__file__).parent
 MAY_IMPORT = {
     "files.py": set(),
     "provenance.py": set(),
+    "memory.py": set(),
     "config.py": {"config", "layers"},  # layers for their tables, inside a function
     "layers": {"config", "layers"},
     "models": {"files", "config", "layers", "models"},
     "heads": {"config", "layers", "models", "heads"},
     "hub": {"files", "config", "models", "hub", ""},
-    "training": {"files", "provenance", "training", "config", "hub", ""},
+    "training": {"files", "memory", "provenance", "training", "config", "hub", ""},
 }
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from glattn.layers.conv import FoldedConv
+
 
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Return multiply-adds of a forward pass: convolutions, matrix products, attention's among them.
@@ -32,8 +34,9 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def count_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Return bytes of weights, buffers and the optimiser's state."""
+    """Return bytes of weights, buffers, weights that are kept laid out as well, and the optimiser's state."""
     held = [*module.parameters(), *module.buffers()]
+    held += [conv.weight for conv in module.modules() if isinstance(conv, FoldedConv) and conv.is_prepared()]
     if optimizer is not None:
         held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)

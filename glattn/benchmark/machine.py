@@ -45,16 +45,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def warm_allocator() -> None:
-    """Free as large a block as glibc learns from, so that a model's speed depends less on what else ran before it.
-
-    After a large block was freed, smaller ones are kept for the next step instead of being handed back to the system
-    and fetched again: without, ConvNeXt-Atto alone is almost twice as slow as behind a larger model. Blocks above
-    32 MiB are fetched anew even so.
-    """
-    torch.zeros(2**25 - 2**16, dtype=torch.uint8)
-
-
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Step, int]:
     """Return a square matrix product as a step, and its multiply-adds.
 

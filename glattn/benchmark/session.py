@@ -15,11 +15,12 @@ import torch._dynamo
 from glattn.benchmark import rows as table
 from glattn.benchmark.contestant import DTYPES, FORMATS, Case, Contestant, prepare
 from glattn.benchmark.cost import measure_growth
-from glattn.benchmark.machine import matrix_product, synchronizer, warm_allocator
+from glattn.benchmark.machine import matrix_product, synchronizer
 from glattn.benchmark.peers import PEERS, SIZES
 from glattn.benchmark.probe import usable_formats
 from glattn.benchmark.rows import Row
 from glattn.benchmark.timing import Spread, Step, take_turns, warm_up
+from glattn.memory import keep_freed_memory
 
 _PRODUCT = ("matrix product", "")
 _CLOSE = 1.5  # a memory format so many times slower when warming up takes no turns
@@ -74,7 +75,7 @@ class Session:
                 continue
             if any(table.key(row) == table.key(self._head(row["model"], case)) for case in cases):
                 raise ValueError(f"{self.path}: ratios of {row['model']} are to {row['baseline']}; give another --out")
-        warm_allocator()
+        keep_freed_memory()
         for case in cases:
             wanted = {table.key(self._head(name, case)) for name in names}
             if not wanted <= {table.key(row) for row in self.rows if self._stays(row)}:

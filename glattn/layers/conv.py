@@ -1,6 +1,6 @@
 """Convolutions whose BatchNorm folds away: the only normalisation of the family (folding: RepVGG, arXiv:2101.03697)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.layers import create_act_layer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from glattn.layers import onednn
 
 
 @torch.fx.wrap
@@ -45,36 +47,25 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
-def _find_product() -> Any:
-    """Return oneDNN's matrix product, if this processor and torch have it, and what tells where it must not be used."""
-    needed = (torch._C, "_len_torch_dispatch_stack"), (torch._C._functorch, "maybe_current_level")
-    if not torch.backends.mkldnn.is_available() or not all(hasattr(*name) for name in needed):
-        return None
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_PLAIN = (Tensor, nn.Parameter)
+_LEAST = 2**20  # multiply-adds, below which laying the weight out for oneDNN's product takes longer than it saves
 
 
-# the compiler uses it, too; F.linear's is MKL's in fp32, half as fast on AMD (on Intel the two were not compared)
-_PRODUCT = _find_product()
-_LEAST = 2**20  # multiply-adds, below which preparing that product takes longer than it saves
-
-
-def _product_fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Tell whether oneDNN's product takes these: it has no derivatives, no checks, and is unknown to torch's modes."""
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> bool:
+    """Tell whether a weight and a bias are plain tensors that go with a map: oneDNN's operators do not look."""
     return (
-        _PRODUCT is not None
-        and not torch.is_grad_enabled()
-        and torch.autograd.forward_ad._current_level < 0
-        and type(x) is Tensor
-        and all(type(p) in (Tensor, nn.Parameter) and p.dtype == x.dtype for p in (weight, bias) if p is not None)
-        and x.dtype == torch.float32
-        and x.shape[1] == weight.shape[1]
-        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._functorch.maybe_current_level()
-        and not torch._C._len_torch_dispatch_stack()  # of what counts multiply-adds, say
+        type(weight) in _PLAIN
+        and weight.dtype == x.dtype
+        and x.shape[1] == weight.shape[1] * groups
+        and (
+            bias is None
+            or (
+                type(bias) in _PLAIN
+                and bias.dtype == x.dtype
+                and bias.shape == weight.shape[:1]
+                and bias.is_contiguous()
+            )
+        )
     )
 
 
@@ -91,8 +82,9 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type == "cpu" and rows.is_contiguous():
             cells = x.shape[0] * x.shape[2] * x.shape[3]
             if not torch.jit.is_scripting():
-                if cells * weight.shape[0] * weight.shape[1] >= _LEAST and _product_fits(x, weight, bias):
-                    return _PRODUCT(rows, weight.flatten(1), bias, "none", [], "").permute(0, 3, 1, 2)
+                large = cells * weight.shape[0] * weight.shape[1] >= _LEAST
+                if large and x.dtype == torch.float32 and onednn.takes(x) and _fits(x, weight, bias):
+                    return onednn.multiply(x, weight.flatten(1), bias)
             if cells <= (256 if torch.is_grad_enabled() and x.dtype == torch.float32 else 1024):
                 return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias)
@@ -104,6 +96,62 @@ class Pointwise(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Return the convolved ``(B, C, H, W)`` map."""
         return pointwise(input, self.weight, self.bias)
+
+
+class FoldedConv(nn.Conv2d):
+    """torch's Conv2d in a folded model: in inference on x86 it keeps its weight as oneDNN lays it out.
+
+    It keeps that beside the plain weight until it is moved, cast, set to training or given another one. A change
+    through ``weight.data`` alone goes unnoticed.
+    """
+
+    __jit_ignored_attributes__ = ("_prepared",)
+    _prepared: tuple[Any, Callable[[Tensor, Tensor | None], Tensor], Any] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """Return the convolved ``(B, C, H, W)`` map."""
+        if not torch.jit.is_scripting():
+            if onednn.takes(input):
+                convolve = self.prepared(input)
+                if convolve is not None:
+                    return convolve(input, self.bias)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._prepared = None  # a fused optimiser's step may follow, which does not count as a change
+        if self.kernel_size == self.stride == (1, 1) and self.groups == 1:
+            return pointwise(input, self.weight, self.bias)
+        return self._conv_forward(input, self.weight, self.bias)
+
+    @torch.jit.ignore
+    def prepared(self, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """Return what convolves maps of this shape with this weight, made where the last is of others; None if none."""
+        weight, bias = self.weight, self.bias
+        if type(weight) is not nn.Parameter or weight.is_inference():  # it does not count its changes
+            return None
+        made, of = self._prepared, (id(weight), weight.data_ptr(), weight._version, id(bias), x.shape, x.dtype)
+        if made is None or made[0] != of:
+            if not _fits(x, weight, bias, self.groups):
+                return None
+            # those of the last are held on to, so that no others get their places in memory
+            self._prepared = made = of, onednn.prepare(self, x.shape), (weight, weight.detach(), bias)
+        return made[1]
+
+    @torch.jit.ignore
+    def is_prepared(self) -> bool:
+        """Tell whether the weight is kept laid out, too: as many bytes again."""
+        return self._prepared is not None
+
+    def train(self, mode: bool = True) -> "FoldedConv":
+        """Set the mode, as torch does."""
+        if mode:
+            self._prepared = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FoldedConv":
+        self._prepared = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # opaque: it cannot be copied or saved
 
 
 class ConvNorm(nn.Module):
@@ -215,7 +263,7 @@ def folded(branch: nn.Module) -> tuple[Tensor, Tensor]:
 
 def like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     """Return a convolution with ``conv``'s geometry, memory format and mode, and the given weight and bias."""
-    out = type(conv)(
+    out = FoldedConv(
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,

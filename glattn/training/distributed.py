@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from glattn.memory import keep_freed_memory
 from glattn.training.config import TrainConfig
-from glattn.training.memory import keep_freed_memory
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:

@@ -1,4 +1,4 @@
-"""Memory of a training on CPUs: what a step has freed is kept for the next one."""
+"""Memory on CPUs: what a step has freed is kept for the next one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def keep_freed_memory() -> None:
     """Let glibc keep what this process frees, up to the most it ever holds; elsewhere do nothing.
 
-    By itself it hands large blocks back to the system, and fetching them again takes a fifth to a quarter of each step.
+    By itself it hands large blocks back to the system. Fetching them again takes a fifth to a quarter of a training
+    step; in inference from nothing to half of one, by what else the process has freed before.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none

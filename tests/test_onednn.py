@@ -1,0 +1,288 @@
+"""oneDNN's operators: taken in inference, as exact as torch's convolution, left out where they would be wrong."""
+
+import copy
+import io
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from models import randomize
+from timm.utils import reparameterize_model
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from glattn.benchmark.cost import count_bytes
+from glattn.layers import onednn
+from glattn.layers.conv import FoldedConv, Pointwise
+
+KINDS = {
+    "pointwise": lambda bias=True: Pointwise(192, 160, 1, bias=bias),
+    "folded pointwise": lambda bias=True: FoldedConv(192, 160, 1, bias=bias),
+    "folded": lambda bias=True: FoldedConv(192, 160, 3, stride=2, padding=1, groups=32, bias=bias),
+    "folded with dilation": lambda bias=True: FoldedConv(192, 192, 5, padding=4, dilation=2, groups=192, bias=bias),
+}
+
+
+def close(a, b, tolerance=1e-4):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def convolved(conv, x):
+    """By torch's convolution."""
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of oneDNN's operators that were called."""
+    real, called = onednn._ONEDNN, []
+    if real is None:
+        pytest.skip("oneDNN's operators are not used here")
+
+    def counting(name):
+        return lambda *given: called.append(name) or getattr(real, name)(*given)
+
+    monkeypatch.setattr(onednn, "_ONEDNN", SimpleNamespace(**{name: counting(name) for name in onednn._OPERATORS}))
+    return called
+
+
+def operators(calls):
+    return [name for name in calls if "reorder" not in name]
+
+
+def wide(kind, bias=True, memory_format=torch.channels_last):
+    """A convolution, and a map, large enough for that product."""
+    return (m.to(memory_format=memory_format) for m in (KINDS[kind](bias), torch.randn(2, 192, 7, 9)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_convolution_in_inference_is_onednns(calls, kind, mode, bias):
+    conv, x = wide(kind, bias)
+    with mode():
+        for _ in range(2):
+            y = conv(x)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            close(y, convolved(conv, x))
+    assert len(operators(calls)) == 2
+    assert len(calls) == 2 + ("folded" in kind)  # laid out once
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folded_convolution_takes_bfloat16(calls, kind):
+    if torch.bfloat16 not in onednn._DTYPES:
+        pytest.skip("this processor does not compute in bfloat16")
+    conv, x = (m.bfloat16() for m in wide(kind))
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), convolved(conv, x))
+    assert len(operators(calls)) == ("folded" in kind)  # F.linear's is oneDNN's
+
+
+def autocast(conv, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return conv(x)
+
+
+def count(conv, x):
+    with FlopCounterMode(display=False) as counter:
+        y = conv(x)
+    assert counter.get_total_flops() == 2 * y.shape[0] * y[0, 0].numel() * conv.weight.numel()
+    return y
+
+
+def without_onednn(conv, x):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        return conv(x)
+
+
+def odd_bias(conv, x):
+    bias = torch.stack([conv.bias, torch.zeros_like(conv.bias)], 1)[:, 0]
+    return torch.func.functional_call(conv, {"weight": conv.weight, "bias": bias}, x)
+
+
+def of_duals(conv, x):
+    with torch.autograd.forward_ad.dual_level():
+        y = torch.autograd.forward_ad.unpack_dual(conv(torch.autograd.forward_ad.make_dual(x, x)))
+        close(y.tangent, convolved(conv, x) - convolved(conv, torch.zeros_like(x)))
+        return y.primal
+
+
+def of_a_subclass(conv, x):
+    class Weight(nn.Parameter):
+        pass
+
+    conv.weight = Weight(conv.weight.detach())
+    return conv(x)
+
+
+ELSEWHERE = {
+    "gradients": torch.enable_grad()(lambda conv, x: conv(x).detach()),
+    "forward derivatives": of_duals,
+    "float64": lambda conv, x: conv.double()(x.double()).float(),
+    "autocast": autocast,
+    "vmap": lambda conv, x: torch.func.vmap(conv)(x[None])[0],
+    "script": lambda conv, x: torch.jit.script(conv)(x),
+    "trace": lambda conv, x: torch.jit.trace(conv, x, check_trace=False)(x),
+    "export": lambda conv, x: torch.export.export(conv, (x,)).module()(x),
+    "counting": count,
+    "oneDNN disabled": without_onednn,
+    "NCHW": lambda conv, x: conv(x.contiguous()),
+    "a bias with strides": odd_bias,
+    "a subclass": of_a_subclass,
+    "no image": lambda conv, x: torch.cat([conv(x[:0]), convolved(conv, x)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("case", ELSEWHERE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_onednns_operators_are_left_out_where_they_would_be_wrong(calls, kind, case):
+    conv, x = wide(kind)
+    wanted = convolved(conv, x).detach()
+    with torch.no_grad():
+        y = ELSEWHERE[case](conv, x)
+    assert not calls
+    if y.dtype == torch.bfloat16:
+        torch.testing.assert_close(y.float(), wanted, rtol=0.05, atol=0.05)
+    else:
+        close(y, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_map_of_other_channels_is_refused_as_torch_does(kind):
+    conv, x = wide(kind)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"channels|shapes"):
+        conv(x[:, :96].contiguous(memory_format=torch.channels_last))
+
+
+# what a folded convolution keeps
+
+
+def step(conv, **options):
+    """A step of an optimiser, in evaluation mode."""
+    optimizer = torch.optim.AdamW(conv.parameters(), lr=0.1, **options)
+    with torch.enable_grad():
+        conv(torch.randn(1, 192, 7, 9)).sum().backward()
+    optimizer.step()
+
+
+def through_data(conv):
+    conv.train()
+    conv.weight.data.mul_(2)
+    conv.eval()
+
+
+def by_new_data_twice(conv):
+    for _ in range(2):
+        conv.weight.data = conv.weight.data * 2
+
+
+CHANGES = {
+    "in place": lambda conv: conv.weight.mul_(2),
+    "state dict": lambda conv: conv.load_state_dict({k: 2 * v for k, v in conv.state_dict().items()}),
+    "state dict, assigned": lambda conv: conv.load_state_dict(
+        {k: 2 * v for k, v in conv.state_dict().items()}, assign=True
+    ),
+    "new data": by_new_data_twice,
+    "new parameter": lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight * 2)),
+    "training": through_data,
+    "a lower precision and back": lambda conv: conv.bfloat16().float(),
+    "optimizer": step,
+    "fused optimizer": lambda conv: step(conv, fused=True),
+    "foreach optimizer": lambda conv: step(conv, foreach=True),
+    "averaging": lambda conv: torch._foreach_lerp_(
+        list(conv.parameters()), [torch.randn_like(p) for p in conv.parameters()], 0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "folded" in kind])
+def test_a_changed_weight_is_seen(kind, change):
+    conv, x = wide(kind)
+    conv.eval()
+    with torch.no_grad():
+        before = conv(x)
+        CHANGES[change](conv)
+        close(conv(x), convolved(conv, x))
+        assert not torch.equal(conv(x), before)
+
+
+def test_a_pruned_weight_is_seen():
+    conv, x = wide("folded pointwise", bias=False)
+    with torch.no_grad():
+        conv(x)
+        conv.weight = nn.Parameter(conv.weight.data[:32])  # in the same place
+        close(conv(x), convolved(conv, x))
+
+
+def test_weights_called_functionally_are_seen():
+    conv, x = wide("folded")
+    with torch.no_grad():
+        for _ in range(4):
+            weight, bias = torch.randn_like(conv.weight), torch.randn_like(conv.bias)
+            y = torch.func.functional_call(conv, {"weight": weight, "bias": bias}, x)
+            close(y, F.conv2d(x, weight, bias, 2, 1, 1, 32))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "folded" in kind])
+def test_maps_of_any_size_are_taken(calls, kind):
+    conv, _ = wide(kind)
+    with torch.no_grad():
+        for size in ((2, 7, 9), (1, 1, 1), (3, 20, 4), (2, 7, 9)):
+            x = torch.randn(size[0], 192, *size[1:]).to(memory_format=torch.channels_last)
+            close(conv(x), convolved(conv, x))
+    assert len(operators(calls)) == 4
+
+
+@pytest.mark.parametrize("how", ["copied", "pickled"])
+def test_a_folded_model_in_use_is_copied_and_pickled(how):
+    model = reparameterize_model(randomize(timm.create_model("test_glattn", num_classes=3))).eval()
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = model(x)
+        if how == "copied":
+            other = copy.deepcopy(model)
+        else:
+            torch.save(model, file := io.BytesIO())
+            file.seek(0)
+            other = torch.load(file, weights_only=False)
+        for parameter in model.parameters():
+            parameter.zero_()
+        close(other(x), expected)
+
+
+def test_a_folded_model_is_of_onednns_convolutions(calls):
+    model = reparameterize_model(randomize(timm.create_model("test_glattn", num_classes=3))).eval()
+    convs = [m for m in model.modules() if isinstance(m, FoldedConv)]
+    model, x = (m.to(memory_format=torch.channels_last) for m in (model, torch.randn(2, 3, 64, 64)))
+    with torch.no_grad():
+        y = model(x)
+    close(y.detach(), model(x.requires_grad_()).detach())
+    assert len(operators(calls)) == len(convs) > 10
+
+
+def test_a_folded_model_is_compiled_whole(calls):
+    model = reparameterize_model(randomize(timm.create_model("test_glattn", num_classes=3))).eval()
+    model, x = (m.to(memory_format=torch.channels_last) for m in (model, torch.randn(2, 3, 64, 64)))
+    with torch.no_grad():
+        expected = model(x)
+        calls.clear()
+        torch._dynamo.reset()
+        close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+        assert not calls
+
+
+def test_the_benchmark_counts_what_is_kept():
+    model = reparameterize_model(timm.create_model("test_glattn")).eval()
+    model, x = (m.to(memory_format=torch.channels_last) for m in (model, torch.randn(1, 3, 64, 64)))
+    plain = count_bytes(model)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, FoldedConv))
+    with torch.no_grad():
+        model(x)
+    assert count_bytes(model) == plain + 4 * weights * (onednn._ONEDNN is not None)
