@@ -16,6 +16,6 @@ def keep_freed_memory() -> None:
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-        if mallopt is not None:
-            for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-                mallopt(parameter, 2**31 - 1)
+        # the first that it accepts, and alone: with a trim threshold of ours the other one adapts itself no more
+        if mallopt is not None and any(mallopt(_MMAP_THRESHOLD, most) for most in (2**31 - 1, 2**25)):
+            mallopt(_TRIM_THRESHOLD, 2**31 - 1)

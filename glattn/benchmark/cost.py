@@ -36,10 +36,10 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 def count_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Return bytes of weights, buffers, weights that are kept laid out as well, and the optimiser's state."""
     held = [*module.parameters(), *module.buffers()]
-    held += [conv.weight for conv in module.modules() if isinstance(conv, FoldedConv) and conv.is_prepared()]
+    kept = sum(conv.kept_bytes() for conv in module.modules() if isinstance(conv, FoldedConv))
     if optimizer is not None:
         held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return kept + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def measure_growth(step: Callable[[], None], device: torch.device) -> int:

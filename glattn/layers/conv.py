@@ -1,6 +1,6 @@
 """Convolutions whose BatchNorm folds away: the only normalisation of the family (folding: RepVGG, arXiv:2101.03697)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import create_act_layer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from glattn.layers import onednn
 
@@ -69,6 +70,17 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> bo
     )
 
 
+_steps = 0  # of any optimiser: fused ones do not count as changes of a tensor
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 @torch.fx.wrap
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution; on the CPU, in channels_last memory, as the matrix product that it is where that is faster.
@@ -101,12 +113,14 @@ class Pointwise(nn.Conv2d):
 class FoldedConv(nn.Conv2d):
     """torch's Conv2d in a folded model: in inference on x86 it keeps its weight as oneDNN lays it out.
 
-    It keeps that beside the plain weight until it is moved, cast, set to training or given another one. A change
-    through ``weight.data`` alone goes unnoticed.
+    A matrix product does so at once, others at the second map of one shape in a row; until the weight is another one,
+    or moved, cast or changed. ``train`` and ``eval`` drop what is kept: call one after a change that torch does not
+    count, through ``weight.data``, numpy, ``vector_to_parameters`` or ``torch.distributed.broadcast``.
     """
 
-    __jit_ignored_attributes__ = ("_prepared",)
-    _prepared: tuple[Any, Callable[[Tensor, Tensor | None], Tensor], Any] | None = None
+    __jit_ignored_attributes__ = ("_prepared", "_seen")
+    _prepared: tuple[Any, onednn.Convolve, int, Any] | None = None
+    _seen: Any = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Return the convolved ``(B, C, H, W)`` map."""
@@ -115,35 +129,54 @@ class FoldedConv(nn.Conv2d):
                 convolve = self.prepared(input)
                 if convolve is not None:
                     return convolve(input, self.bias)
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._prepared = None  # a fused optimiser's step may follow, which does not count as a change
-        if self.kernel_size == self.stride == (1, 1) and self.groups == 1:
+        if self.is_product():
             return pointwise(input, self.weight, self.bias)
         return self._conv_forward(input, self.weight, self.bias)
 
+    def is_product(self) -> bool:
+        """Tell whether each cell is multiplied with one matrix."""
+        return self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
+
     @torch.jit.ignore
-    def prepared(self, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-        """Return what convolves maps of this shape with this weight, made where the last is of others; None if none."""
+    def prepared(self, x: Tensor) -> onednn.Convolve | None:
+        """Return what convolves this map with this weight, made where the last is of others; None if nothing is to."""
         weight, bias = self.weight, self.bias
         if type(weight) is not nn.Parameter or weight.is_inference():  # it does not count its changes
             return None
-        made, of = self._prepared, (id(weight), weight.data_ptr(), weight._version, id(bias), x.shape, x.dtype)
+        product = self.is_product()
+        if product and x.numel() * weight.shape[0] < _LEAST:
+            return None
+        made, of = (
+            self._prepared,
+            (
+                x.shape[1] if product else x.shape,
+                x.dtype,
+                (id(weight), weight.data_ptr(), weight._version, weight.shape, weight.stride()),
+                weight.requires_grad and _steps,
+                bias if bias is None else (id(bias), bias.shape, bias.stride()),
+                (self.stride, self.padding, self.dilation, self.groups, self.padding_mode),
+            ),
+        )
         if made is None or made[0] != of:
-            if not _fits(x, weight, bias, self.groups):
+            fits = _fits(x, weight, bias, self.groups) and not weight.is_shared()
+            if not fits or self.padding_mode != "zeros" or isinstance(self.padding, str):
                 return None
-            # those of the last are held on to, so that no others get their places in memory
-            self._prepared = made = of, onednn.prepare(self, x.shape), (weight, weight.detach(), bias)
+            if not product and self._seen != of:
+                self._seen = of
+                return None
+            convolve, size = onednn.prepare(self, x.shape, product)
+            # weight and bias are held on to, so that no others get their places in memory
+            self._prepared = made = of, convolve, size, (weight, weight.detach(), bias)
         return made[1]
 
     @torch.jit.ignore
-    def is_prepared(self) -> bool:
-        """Tell whether the weight is kept laid out, too: as many bytes again."""
-        return self._prepared is not None
+    def kept_bytes(self) -> int:
+        """Return the bytes of the weight as it is kept laid out."""
+        return 0 if self._prepared is None else self._prepared[2]
 
     def train(self, mode: bool = True) -> "FoldedConv":
         """Set the mode, as torch does."""
-        if mode:
-            self._prepared = None
+        self._prepared = None
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FoldedConv":
@@ -151,7 +184,7 @@ class FoldedConv(nn.Conv2d):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # opaque: it cannot be copied or saved
+        return {**self.__dict__, "_prepared": None, "_seen": None}  # opaque: it cannot be copied or saved
 
 
 class ConvNorm(nn.Module):

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Convolve = Callable[[Tensor, Tensor | None], Tensor]
+
 _OPERATORS = (
     "_linear_pointwise",
     "_reorder_linear_weight",
     "_convolution_pointwise",
     "_reorder_convolution_weight",
     "_is_mkldnn_bf16_supported",
+    "_nbytes",
 )
 
 
@@ -36,7 +39,7 @@ _DTYPES = {torch.float32} | ({torch.bfloat16} if _ONEDNN and _ONEDNN._is_mkldnn_
 def takes(x: Tensor) -> bool:
     """Tell whether those operators take this map: they have no derivatives, no checks, and no mode of torch sees them.
 
-    It is one in channels_last memory; a weight is to be of the same type and its channels to fit.
+    It is one in channels_last memory and no other; a weight is to be of the same type and its channels to fit.
     """
     return (
         not torch.compiler.is_compiling()  # first: the compiler knows none of the others
@@ -54,6 +57,8 @@ def takes(x: Tensor) -> bool:
         and x.ndim == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
+        and x.stride(1) == 1
+        and x.stride(3) == x.shape[1]
     )
 
 
@@ -63,14 +68,20 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product.permute(0, 3, 1, 2)
 
 
-def prepare(conv: nn.Conv2d, shape: Sequence[int]) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return a convolution for maps of this shape, as a function of map and bias: its weight is laid out in it.
+def prepare(conv: nn.Conv2d, shape: Sequence[int], product: bool) -> tuple[Convolve, int]:
+    """Return what convolves maps of this shape, given map and bias; and how many bytes it keeps of the weight.
 
-    Laid out for another shape, or for none, a kernel of several cells can take twenty times as long.
+    A matrix product takes maps of any shape. With its weight laid out for another shape, a convolution of more cells
+    than one can take twenty times as long.
     """
+    if product:
+        laid_out = _ONEDNN._reorder_linear_weight(conv.weight.flatten(1))
+        return lambda x, bias: multiply(x, laid_out, bias), _ONEDNN._nbytes(laid_out)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-    if conv.kernel_size == (1, 1) and geometry == ((0, 0), (1, 1), (1, 1), 1):
-        weight = _ONEDNN._reorder_linear_weight(conv.weight.flatten(1))
-        return lambda x, bias: multiply(x, weight, bias)
-    weight = _ONEDNN._reorder_convolution_weight(conv.weight, *geometry, shape)
-    return lambda x, bias: _ONEDNN._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
+    laid_out = _ONEDNN._reorder_convolution_weight(conv.weight, *geometry, shape)
+
+    def convolve(x: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = _ONEDNN._convolution_pointwise(x, laid_out, bias, *geometry, "none", [], "")
+        return out
+
+    return convolve, _ONEDNN._nbytes(laid_out)
