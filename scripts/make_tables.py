@@ -196,23 +196,23 @@ def widths() -> str:
     return markdown(head, rows) + place(measured)
 
 
-def searched() -> str:
-    """Return the designs of atto that were tried: speed as a multiple of ConvNeXt's, accuracy on drawings by seed."""
-    measured = read("designs/speed.csv")
+def searched(folder: str) -> str:
+    """Return designs that were tried: speed as a multiple of the ConvNeXt's of that size, accuracy by seed."""
+    measured = read(f"{folder}/speed.csv")
     speeds = ratios(measured)
-    found = {data: runs_by_model(f"designs/{data}") for data in ("icons100", "emoji")}
+    found = {data: runs_by_model(f"{folder}/{data}") for data in ("icons100", "emoji")}
     shown = ("dims", "depths", "mlp_ratio", "act_layer")
     rows = []
     for name in sorted(found["emoji"].keys() | found["icons100"].keys()):
-        options = split_options(name)[1]
-        cells = [_dashed(options.pop(key)) for key in shown]
+        model, options = split_options(name)
+        cells = [model.removeprefix("glattn_"), *(_dashed(options.pop(key)) for key in shown)]
         cells.append(", ".join(f"{key} {value!r}" for key, value in options.items()))
         parameters, macs = count(name)
         cells += [f"{parameters:.1f}", f"{macs:.2f}"]
         cells += [speeds.get((name, case), "") for case in CASES]
         rows.append([*cells, *(top1_by_seed(runs.get(name, [])) for runs in found.values())])
-    head = ("widths", "depths", "MLP ratio", "activation", "also", "parameters (M)", "GMACs", "batch 1", "batch 8",
-            "training", *(f"{data}, by seed" for data in found))  # fmt: skip
+    head = ("size", "widths", "depths", "MLP ratio", "activation", "also", "parameters (M)", "GMACs", "batch 1",
+            "batch 8", "training", *(f"{data}, by seed" for data in found))  # fmt: skip
     return markdown(head, rows) + place(measured)
 
 
@@ -396,7 +396,7 @@ def measured() -> str:
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),
-        "designs": searched(),
+        **{folder: searched(folder) for folder in ("designs", "slimmer")},
         **{folder: transfer(folder) for folder in ("transfer", "transfer-peers")},
         "pretraining": pretraining("transfer-peers"),
     }
