@@ -111,27 +111,34 @@ class Pointwise(nn.Conv2d):
 
 
 class FoldedConv(nn.Conv2d):
-    """torch's Conv2d in a folded model: in inference on x86 it keeps its weight as oneDNN lays it out.
+    """torch's Conv2d in a folded model, and the activation ``act`` behind it, if there is one.
 
-    A matrix product does so at once, others at the second map of one shape in a row; until the weight is another one,
-    or moved, cast or changed. ``train`` and ``eval`` drop what is kept: call one after a change that torch does not
-    count, through ``weight.data``, numpy, ``vector_to_parameters`` or ``torch.distributed.broadcast``.
+    In inference on x86 it keeps its weight as oneDNN lays it out: a matrix product does so at once, others at the
+    second map of one shape in a row; until the weight is another one, or moved, cast or changed. ``train`` and ``eval``
+    drop what is kept: call one after a change that torch does not count, through ``weight.data``, numpy,
+    ``vector_to_parameters`` or ``torch.distributed.broadcast``.
     """
 
     __jit_ignored_attributes__ = ("_prepared", "_seen")
     _prepared: tuple[Any, onednn.Convolve, int, Any] | None = None
     _seen: Any = None
 
+    def __init__(self, *args: Any, act: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.act = act
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """Return the convolved ``(B, C, H, W)`` map."""
+        """Return the convolved and activated ``(B, C, H, W)`` map."""
         if not torch.jit.is_scripting():
             if onednn.takes(input):
                 convolve = self.prepared(input)
                 if convolve is not None:
                     return convolve(input, self.bias)
         if self.is_product():
-            return pointwise(input, self.weight, self.bias)
-        return self._conv_forward(input, self.weight, self.bias)
+            out = pointwise(input, self.weight, self.bias)
+        else:
+            out = self._conv_forward(input, self.weight, self.bias)
+        return out if self.act is None else self.act(out)
 
     def is_product(self) -> bool:
         """Tell whether each cell is multiplied with one matrix."""
@@ -154,17 +161,19 @@ class FoldedConv(nn.Conv2d):
                 (id(weight), weight.data_ptr(), weight._version, weight.shape, weight.stride()),
                 weight.requires_grad and _steps,
                 bias if bias is None else (id(bias), bias.shape, bias.stride()),
-                (self.stride, self.padding, self.dilation, self.groups, self.padding_mode),
+                (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.act),
             ),
         )
         if made is None or made[0] != of:
             fits = _fits(x, weight, bias, self.groups) and not weight.is_shared()
             if not fits or self.padding_mode != "zeros" or isinstance(self.padding, str):
                 return None
+            if type(self.act) not in onednn.ACTIVATIONS:
+                return None
             if not product and self._seen != of:
                 self._seen = of
                 return None
-            convolve, size = onednn.prepare(self, x.shape, product)
+            convolve, size = onednn.prepare(self, self.act, x.shape, product)
             # weight and bias are held on to, so that no others get their places in memory
             self._prepared = made = of, convolve, size, (weight, weight.detach(), bias)
         return made[1]
@@ -327,10 +336,14 @@ def activation(act_layer: str) -> nn.Module:
     return act
 
 
-def activate_in_place(act: nn.Module) -> None:
-    """Make an activation overwrite what it is given, if it can, for inference."""
+def fuse_activation(conv: nn.Module, act: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return a `ConvNorm` and the activation behind it as inference wants them: one if oneDNN has it, else in place."""
     if hasattr(act, "inplace"):
         act.inplace = True
+    if isinstance(conv, ConvNorm) and type(act) in onednn.ACTIVATIONS:
+        conv = conv.fuse()
+        conv.act, act = act, nn.Identity()
+    return conv, act
 
 
 def num_groups(dim: int, groups: str | int) -> int:
