@@ -381,7 +381,7 @@ def card(name: str) -> str:
     return model_card(model, f"{HUB}/{name}", config, record)
 
 
-def measured() -> str:
+def results() -> str:
     """Return docs/results.md with its tables filled."""
     text = (ROOT / "docs" / "results.md").read_text()
     for size in PEERED:
@@ -417,7 +417,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = fill(fill(readme.read_text(), "sizes", sizes()), "variants", variants())
     write_text(readme, text)
-    write_text(ROOT / "docs" / "results.md", measured())
+    write_text(ROOT / "docs" / "results.md", results())
     for folder in sorted((ROOT / "docs" / "weights").iterdir()):
         write_text(folder / "README.md", card(folder.name))
 

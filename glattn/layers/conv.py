@@ -147,36 +147,45 @@ class FoldedConv(nn.Conv2d):
     @torch.jit.ignore
     def prepared(self, x: Tensor) -> onednn.Convolve | None:
         """Return what convolves this map with this weight, made where the last is of others; None if nothing is to."""
-        weight, bias = self.weight, self.bias
+        weight, product = self.weight, self.is_product()
         if type(weight) is not nn.Parameter or weight.is_inference():  # it does not count its changes
             return None
-        product = self.is_product()
         if product and x.numel() * weight.shape[0] < _LEAST:
             return None
-        made, of = (
-            self._prepared,
-            (
-                x.shape[1] if product else x.shape,
-                x.dtype,
-                (id(weight), weight.data_ptr(), weight._version, weight.shape, weight.stride()),
-                weight.requires_grad and _steps,
-                bias if bias is None else (id(bias), bias.shape, bias.stride()),
-                (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.act),
-            ),
-        )
+        of, made = self.identity(x.shape[1] if product else x.shape, x.dtype), self._prepared
         if made is None or made[0] != of:
-            fits = _fits(x, weight, bias, self.groups) and not weight.is_shared()
-            if not fits or self.padding_mode != "zeros" or isinstance(self.padding, str):
-                return None
-            if type(self.act) not in onednn.ACTIVATIONS:
+            if not self.can_be_laid_out(x):
                 return None
             if not product and self._seen != of:
                 self._seen = of
                 return None
             convolve, size = onednn.prepare(self, self.act, x.shape, product)
             # weight and bias are held on to, so that no others get their places in memory
-            self._prepared = made = of, convolve, size, (weight, weight.detach(), bias)
+            self._prepared = made = of, convolve, size, (weight, weight.detach(), self.bias)
         return made[1]
+
+    @torch.jit.ignore
+    def identity(self, *of: Any) -> tuple[Any, ...]:
+        """Return what tells this convolution, of such maps, from any other that it may become."""
+        weight, bias = self.weight, self.bias
+        return (
+            *of,
+            (id(weight), weight.data_ptr(), weight._version, weight.shape, weight.stride()),
+            weight.requires_grad and _steps,
+            bias if bias is None else (id(bias), bias.shape, bias.stride()),
+            (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.act),
+        )
+
+    @torch.jit.ignore
+    def can_be_laid_out(self, x: Tensor) -> bool:
+        """Tell whether oneDNN's operators compute the same of this map."""
+        return (
+            _fits(x, self.weight, self.bias, self.groups)
+            and not self.weight.is_shared()
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and type(self.act) in onednn.ACTIVATIONS
+        )
 
     @torch.jit.ignore
     def kept_bytes(self) -> int:

@@ -9,6 +9,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glattn.memory import keep_freed_memory
+
 if TYPE_CHECKING:
     from glattn.training.classifier import Classifier
 
@@ -61,6 +63,8 @@ def open_classifier(args: argparse.Namespace) -> Classifier:
     except ValueError as error:  # weights of another model: torch names every tensor
         raise ValueError(textwrap.shorten(str(error), 400, placeholder=" ...")) from None
     classifier.model.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     return classifier
 
 
