@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glattn.config import MixerConfig
 from glattn.layers.attention import MultiHeadGlobalAttention
 from glattn.layers.context import CONTEXTS
-from glattn.layers.conv import ConvNorm, activation, fuse_activation, scale_output
+from glattn.layers.conv import ConvNorm, activate_in_place, activation, scale_output
 from glattn.layers.fusion import FUSIONS
 from glattn.layers.local import LOCALS
 
@@ -86,8 +86,8 @@ class Mlp(nn.Module):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Fuse the activation."""
-        self.fc1, self.act = fuse_activation(self.fc1, self.act)
+        """Activate in place."""
+        activate_in_place(self.act)
 
 
 class GlobalLocalBlock(nn.Module):

@@ -111,34 +111,27 @@ class Pointwise(nn.Conv2d):
 
 
 class FoldedConv(nn.Conv2d):
-    """torch's Conv2d in a folded model, and the activation ``act`` behind it, if there is one.
+    """torch's Conv2d in a folded model: in inference on x86 it keeps its weight as oneDNN lays it out.
 
-    In inference on x86 it keeps its weight as oneDNN lays it out: a matrix product does so at once, others at the
-    second map of one shape in a row; until the weight is another one, or moved, cast or changed. ``train`` and ``eval``
-    drop what is kept: call one after a change that torch does not count, through ``weight.data``, numpy,
-    ``vector_to_parameters`` or ``torch.distributed.broadcast``.
+    A matrix product does so at once, others at the second map of one shape in a row; until the weight is another one,
+    or moved, cast or changed. ``train`` and ``eval`` drop what is kept: call one after a change that torch does not
+    count, through ``weight.data``, numpy, ``vector_to_parameters`` or ``torch.distributed.broadcast``.
     """
 
     __jit_ignored_attributes__ = ("_prepared", "_seen")
     _prepared: tuple[Any, onednn.Convolve, int, Any] | None = None
     _seen: Any = None
 
-    def __init__(self, *args: Any, act: nn.Module | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.act = act
-
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """Return the convolved and activated ``(B, C, H, W)`` map."""
+        """Return the convolved ``(B, C, H, W)`` map."""
         if not torch.jit.is_scripting():
             if onednn.takes(input):
                 convolve = self.prepared(input)
                 if convolve is not None:
                     return convolve(input, self.bias)
         if self.is_product():
-            out = pointwise(input, self.weight, self.bias)
-        else:
-            out = self._conv_forward(input, self.weight, self.bias)
-        return out if self.act is None else self.act(out)
+            return pointwise(input, self.weight, self.bias)
+        return self._conv_forward(input, self.weight, self.bias)
 
     def is_product(self) -> bool:
         """Tell whether each cell is multiplied with one matrix."""
@@ -152,28 +145,29 @@ class FoldedConv(nn.Conv2d):
             return None
         if product and x.numel() * weight.shape[0] < _LEAST:
             return None
-        of, made = self.identity(x.shape[1] if product else x.shape, x.dtype), self._prepared
+        of, made = self.key(x.shape[1] if product else x.shape, x.dtype), self._prepared
         if made is None or made[0] != of:
             if not self.can_be_laid_out(x):
                 return None
             if not product and self._seen != of:
                 self._seen = of
                 return None
-            convolve, size = onednn.prepare(self, self.act, x.shape, product)
+            convolve, size = onednn.prepare(self, x.shape, product)
             # weight and bias are held on to, so that no others get their places in memory
             self._prepared = made = of, convolve, size, (weight, weight.detach(), self.bias)
         return made[1]
 
     @torch.jit.ignore
-    def identity(self, *of: Any) -> tuple[Any, ...]:
+    def key(self, shape: Any, dtype: torch.dtype) -> tuple[Any, ...]:
         """Return what tells this convolution, of such maps, from any other that it may become."""
         weight, bias = self.weight, self.bias
         return (
-            *of,
+            shape,
+            dtype,
             (id(weight), weight.data_ptr(), weight._version, weight.shape, weight.stride()),
             weight.requires_grad and _steps,
             bias if bias is None else (id(bias), bias.shape, bias.stride()),
-            (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.act),
+            (self.stride, self.padding, self.dilation, self.groups, self.padding_mode),
         )
 
     @torch.jit.ignore
@@ -184,7 +178,6 @@ class FoldedConv(nn.Conv2d):
             and not self.weight.is_shared()
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
-            and type(self.act) in onednn.ACTIVATIONS
         )
 
     @torch.jit.ignore
@@ -345,14 +338,10 @@ def activation(act_layer: str) -> nn.Module:
     return act
 
 
-def fuse_activation(conv: nn.Module, act: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return a `ConvNorm` and the activation behind it as inference wants them: one if oneDNN has it, else in place."""
+def activate_in_place(act: nn.Module) -> None:
+    """Make an activation overwrite what it is given, if it can, for inference."""
     if hasattr(act, "inplace"):
         act.inplace = True
-    if isinstance(conv, ConvNorm) and type(act) in onednn.ACTIVATIONS:
-        conv = conv.fuse()
-        conv.act, act = act, nn.Identity()
-    return conv, act
 
 
 def num_groups(dim: int, groups: str | int) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers.activations import GELU
 from torch import Tensor, nn
 
 Convolve = Callable[[Tensor, Tensor | None], Tensor]
@@ -34,13 +33,6 @@ def _find() -> Any:
 
 
 _ONEDNN = _find()
-# what they apply to their output, and how; ReLU is not among them: theirs makes zero of what is not a number
-ACTIVATIONS: dict[type, tuple[str, str]] = {
-    type(None): ("none", ""),
-    nn.Hardswish: ("hardswish", ""),
-    nn.SiLU: ("swish", ""),
-    GELU: ("gelu", "none"),
-}
 _DTYPES = {torch.float32} | ({torch.bfloat16} if _ONEDNN and _ONEDNN._is_mkldnn_bf16_supported() else set())
 
 
@@ -70,28 +62,26 @@ def takes(x: Tensor) -> bool:
     )
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, act: nn.Module | None = None) -> Tensor:
-    """Return the matrix product of each cell with an ``(out, in)`` weight, activated by one of `ACTIVATIONS`."""
-    name, algorithm = ACTIVATIONS[type(act)]
-    product: Tensor = _ONEDNN._linear_pointwise(x.permute(0, 2, 3, 1), weight, bias, name, [], algorithm)
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the matrix product of each cell with an ``(out, in)`` weight."""
+    product: Tensor = _ONEDNN._linear_pointwise(x.permute(0, 2, 3, 1), weight, bias, "none", [], "")
     return product.permute(0, 3, 1, 2)
 
 
-def prepare(conv: nn.Conv2d, act: nn.Module | None, shape: Sequence[int], product: bool) -> tuple[Convolve, int]:
-    """Return what convolves maps of this shape and activates, given map and bias; and the bytes it keeps of the weight.
+def prepare(conv: nn.Conv2d, shape: Sequence[int], product: bool) -> tuple[Convolve, int]:
+    """Return what convolves maps of this shape, given map and bias; and how many bytes it keeps of the weight.
 
     A matrix product takes maps of any shape. With its weight laid out for another shape, a convolution of more cells
     than one can take twenty times as long.
     """
     if product:
         laid_out = _ONEDNN._reorder_linear_weight(conv.weight.flatten(1))
-        return lambda x, bias: multiply(x, laid_out, bias, act), _ONEDNN._nbytes(laid_out)
+        return lambda x, bias: multiply(x, laid_out, bias), _ONEDNN._nbytes(laid_out)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
     laid_out = _ONEDNN._reorder_convolution_weight(conv.weight, *geometry, shape)
-    name, algorithm = ACTIVATIONS[type(act)]
 
     def convolve(x: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = _ONEDNN._convolution_pointwise(x, laid_out, bias, *geometry, name, [], algorithm)
+        out: Tensor = _ONEDNN._convolution_pointwise(x, laid_out, bias, *geometry, "none", [], "")
         return out
 
     return convolve, _ONEDNN._nbytes(laid_out)

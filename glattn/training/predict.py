@@ -42,7 +42,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_classifier(args: argparse.Namespace) -> Classifier:
-    """Open the checkpoint that the arguments ask for, on their device."""
+    """Open the checkpoint that the arguments ask for, on their device; a process on the CPU keeps freed memory then."""
     from glattn.training.classifier import open_checkpoint
 
     if args.size is not None and args.size < 1:
