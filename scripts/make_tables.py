@@ -65,8 +65,11 @@ def sizes() -> str:
     rows = []
     for size in CONVNEXT:
         (mine, macs), (theirs, their_macs) = count(f"glattn_{size}"), count(f"convnext_{size}")
-        rows.append([f"`glattn_{size}`", f"{mine:.1f}", f"{macs:.2f}", f"{theirs:.1f}, {their_macs:.2f}"])
-    return markdown(["model", "parameters (M)", "GMACs at 224", "ConvNeXt of that name (M, GMACs)"], rows)
+        speeds = ratios(measured := read(f"speed-{size}/rows.csv"))
+        faster = [speeds[f"glattn_{size}", case] for case in CASES[:2]]
+        rows.append([f"`glattn_{size}`", f"{mine:.1f}", f"{macs:.2f}", f"{theirs:.1f}, {their_macs:.2f}", *faster])
+    head = ["model", "parameters (M)", "GMACs at 224", "ConvNeXt of that name (M, GMACs)", "batch 1", "batch 8"]
+    return markdown(head, rows) + place(measured)
 
 
 def variants() -> str:
@@ -90,10 +93,10 @@ def place(rows: Iterable[dict[str, str]]) -> str:
     return f"\n\nOn {', '.join(names)}."
 
 
-def speed(size: str) -> str:
-    """Return how fast a size and its peers are, as multiples of the ConvNeXt of that name."""
+def speed(*sizes: str) -> str:
+    """Return how fast some sizes and their peers are, as multiples of the ConvNeXt of that name."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    measured = read(f"speed-{size}/rows.csv")
+    measured = [row for size in sizes for row in read(f"speed-{size}/rows.csv")]
     for row in measured:
         found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = row
     head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8", "training, batch 8")
@@ -387,6 +390,7 @@ def results() -> str:
     for size in PEERED:
         text = fill(text, f"speed-{size}", speed(size))
     tables = {
+        "speed-larger": speed("base", "large"),
         "speed-xeon": xeon(),
         "scaling": scaling(),
         "deployment": deployment(),
