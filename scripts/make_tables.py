@@ -25,7 +25,7 @@ from glattn.training.fractals import SAMPLES
 ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
 # folders of run_proxies.py's runs, and the size that is compared there
-DRAWINGS = {"icons100": "atto", "emoji": "atto", "icons100-tiny": "tiny"}
+DRAWINGS = {"icons100": "atto", "emoji": "atto", "icons100-tiny": "tiny", "emoji-tiny": "tiny"}
 CASES = ("infer 1", "infer 8", "train 8")  # of a benchmark, that tables of designs show
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
