@@ -25,7 +25,10 @@ from glattn.training.fractals import SAMPLES
 ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
 # folders of run_proxies.py's runs, and the size that is compared there
-DRAWINGS = {"icons100": "atto", "emoji": "atto", "icons100-tiny": "tiny", "emoji-tiny": "tiny"}
+DRAWINGS = {
+    "icons100": "atto", "emoji": "atto", "icons100-tiny": "tiny", "emoji-tiny": "tiny", "icons100-others": "atto",
+    "emoji-others": "atto",
+}  # fmt: skip
 CASES = ("infer 1", "infer 8", "train 8")  # of a benchmark, that tables of designs show
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
@@ -254,7 +257,7 @@ def drawings(folder: str, size: str) -> str:
     compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv") if row["model"] == mine}
     speeds = {
         row["model"]: row["ratio"]
-        for row in read(f"speed-{size}/rows.csv")
+        for row in read(f"speed-{'others' if folder.endswith('-others') else size}/rows.csv")
         if (row["task"], row["batch"]) == ("infer", "8")
     }
     head = ("model", "parameters (M)", "speed at 224", "lr", "top-1 by seed", f"`{mine}` less this", "95%", "")
