@@ -24,11 +24,15 @@ from glattn.training.fractals import SAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
-# folders of run_proxies.py's runs, and the size that is compared there
+# folders of run_proxies.py's runs, the size that is compared there, and the folder of the speeds beside it
 DRAWINGS = {
-    "icons100": "atto", "emoji": "atto", "icons100-tiny": "tiny", "emoji-tiny": "tiny", "icons100-others": "atto",
-    "emoji-others": "atto",
-}  # fmt: skip
+    "icons100": ("atto", "speed-atto"),
+    "emoji": ("atto", "speed-atto"),
+    "icons100-others": ("atto", "speed-others"),
+    "emoji-others": ("atto", "speed-others"),
+    "icons100-tiny": ("tiny", "speed-tiny"),
+    "emoji-tiny": ("tiny", "speed-tiny"),
+}
 CASES = ("infer 1", "infer 8", "train 8")  # of a benchmark, that tables of designs show
 CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
 
@@ -65,10 +69,11 @@ def mean_top1(runs: Sequence[dict[str, str]]) -> str:
 
 
 def sizes() -> str:
+    measured = [row for size in CONVNEXT for row in read(f"speed-{size}/rows.csv")]
+    speeds = ratios(measured)
     rows = []
     for size in CONVNEXT:
         (mine, macs), (theirs, their_macs) = count(f"glattn_{size}"), count(f"convnext_{size}")
-        speeds = ratios(measured := read(f"speed-{size}/rows.csv"))
         faster = [speeds[f"glattn_{size}", case] for case in CASES[:2]]
         rows.append([f"`glattn_{size}`", f"{mine:.1f}", f"{macs:.2f}", f"{theirs:.1f}, {their_macs:.2f}", *faster])
     head = ["model", "parameters (M)", "GMACs at 224", "ConvNeXt of that name (M, GMACs)", "batch 1", "batch 8"]
@@ -116,8 +121,9 @@ def speed(*sizes: str) -> str:
 
 
 def ratios(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str], str]:
-    """Return a benchmark's speeds as multiples of its baseline's, by model and case."""
-    return {(row["model"], f"{row['task']} {row['batch']}"): f"{float(row['ratio']):.2f}" for row in rows}
+    """Return a benchmark's speeds as multiples of its baseline's, by model and case, but of what failed."""
+    found = ((row["model"], f"{row['task']} {row['batch']}", row["ratio"]) for row in rows)
+    return {(name, case): f"{float(ratio):.2f}" for name, case, ratio in found if ratio}
 
 
 def xeon() -> str:
@@ -250,21 +256,17 @@ def runs_by_model(folder: str) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def drawings(folder: str, size: str) -> str:
+def drawings(folder: str, size: str, speeds_in: str) -> str:
     """Return each model's accuracy on drawings, and how far ours of that size is above it."""
     by_model = runs_by_model(folder)
     mine = f"glattn_{size}"
     compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv") if row["model"] == mine}
-    speeds = {
-        row["model"]: row["ratio"]
-        for row in read(f"speed-{'others' if folder.endswith('-others') else size}/rows.csv")
-        if (row["task"], row["batch"]) == ("infer", "8")
-    }
+    speeds = ratios(read(f"{speeds_in}/rows.csv"))
     head = ("model", "parameters (M)", "speed at 224", "lr", "top-1 by seed", f"`{mine}` less this", "95%", "")
     rows = []
-    for name, runs in sorted(by_model.items(), key=lambda item: -float(speeds.get(item[0]) or 0)):
+    for name, runs in sorted(by_model.items(), key=lambda item: -float(speeds.get((item[0], CASES[1]), 0))):
         bold = "**" if name == mine else ""
-        speed_there = f"{float(speeds[name]):.2f}" if speeds.get(name) else ""
+        speed_there = speeds.get((name, CASES[1]), "")
         cells = [f"{bold}`{name}`{bold}", f"{float(runs[0]['parameters']) / 1e6:.1f}", speed_there, runs[0]["lr"]]
         cells += [top1_by_seed(runs), *difference(compared.get(name, {}))]
         if not runs[0]["chosen"]:
@@ -398,7 +400,7 @@ def results() -> str:
         "scaling": scaling(),
         "deployment": deployment(),
         "modes": modes(),
-        **{data: drawings(data, size) for data, size in DRAWINGS.items()},
+        **{folder: drawings(folder, *beside) for folder, beside in DRAWINGS.items()},
         "paths64": designs("paths64"),
         "ablation": ablation(),
         "choice": choice(),
