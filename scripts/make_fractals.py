@@ -25,7 +25,7 @@ def sheet(path: Path) -> None:
     """Draw several pictures of each of the first classes."""
     source = FractalSource.of(fractals.CLASSES * ROWS, fixed=True, side=64)
     places = [(row * fractals.CLASSES + column, 0) for row in range(ROWS) for column in range(COLUMNS)]
-    grid = make_grid(source.draw(places, 64, torch.device("cpu")), nrow=COLUMNS, padding=4, pad_value=1.0)
+    grid = make_grid(source.draw(places, 64), nrow=COLUMNS, padding=4, pad_value=1.0)
     figure = Figure(figsize=(grid.shape[2] / 100, grid.shape[1] / 100))
     figure.figimage(grid.permute(1, 2, 0).numpy())
     save_figure(figure, path, dpi=100)

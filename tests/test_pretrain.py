@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from glattn.cli import main
-from glattn.training import fractals
+from glattn.training import fractals, pretrain
 from glattn.training.build import even_shares
+from glattn.training.data import TrainingBatches
 from glattn.training.pretrain import FractalSource
 
-CPU = torch.device("cpu")
 TINY = ("model=test_glattn", "image_size=32", "batch_size=32", "tracker=none", "device=cpu", "workers=0")
 
 
@@ -69,15 +69,15 @@ def test_the_game_is_played_as_by_hand(table):
 
 def test_a_picture_is_a_function_of_its_seed_and_of_no_other_picture():
     source = FractalSource.of(3000, fixed=False, side=48)
-    together = source.draw([(5, 11), (5, 12), (1005, 11)], 48, CPU)
+    together = source.draw([(5, 11), (5, 12), (1005, 11)], 48)
     assert together.shape == (3, 3, 48, 48)
     assert 0 <= together.min() < together.max() <= 1
     for place, picture in zip([(5, 11), (5, 12), (1005, 11)], together, strict=True):
-        assert torch.equal(source.draw([place], 48, CPU)[0], picture)
+        assert torch.equal(source.draw([place], 48)[0], picture)
     assert not torch.equal(together[0], together[1])
     fixed = FractalSource.of(3000, fixed=True, side=48)
-    assert torch.equal(fixed.draw([(5, 11)], 48, CPU), fixed.draw([(5, 12)], 48, CPU))
-    assert not torch.equal(fixed.draw([(5, 11)], 48, CPU), source.draw([(5, 11)], 48, CPU))
+    assert torch.equal(fixed.draw([(5, 11)], 48), fixed.draw([(5, 12)], 48))
+    assert not torch.equal(fixed.draw([(5, 11)], 48), source.draw([(5, 11)], 48))
     image, target = fixed.read(1005)
     assert (image.size, target) == ((48, 48), 5)
 
@@ -88,15 +88,15 @@ def test_a_picture_of_several_fractals_is_of_their_classes_and_seeds_alone():
     shown = [source.classes(*place) for place in places]
     assert {len(classes) for classes in shown} == {1, 2, 3, 4}
     assert all(classes[0] == 5 and len(set(classes)) == len(classes) for classes in shown)
-    together = source.draw(places, 48, CPU)
+    together = source.draw(places, 48)
     assert 0 <= together.min() < together.max() <= 1
-    assert all(torch.equal(source.draw([place], 48, CPU)[0], one) for place, one in zip(places, together, strict=True))
+    assert all(torch.equal(source.draw([place], 48)[0], one) for place, one in zip(places, together, strict=True))
 
 
 def test_fractals_are_drawn_one_over_the_other(table):
     """With the first's ground, each in its own ink, all without colour if the first has none."""
     seeds = [[3, 0], [3, 1]]
-    two = fractals.Draws.of([table[1], table[2]], seeds, [2], side=48, device=CPU)
+    two = fractals.Draws.of([table[1], table[2]], seeds, [2], side=48)
     for mono, lone in ((0, 0), (1, 1), (2, 2)):
         two.mono[:] = torch.tensor([mono, 0])
         picture = fractals.render(two, 48)[0]
@@ -115,6 +115,21 @@ def test_fractals_are_drawn_one_over_the_other(table):
         torch.testing.assert_close(picture[:, solid], second[:, solid], atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_accelerator_is_given_the_same_draws_several_batches_at_once(monkeypatch, workers):
+    monkeypatch.setattr(pretrain, "_AT_ONCE", 25)
+    source = FractalSource.of(100, fixed=False, side=16, instances=2)
+    batches = TrainingBatches(100, 10, seed=1)
+    config = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    loader = pretrain.FractalLoader(source, batches, config, workers=workers, device=torch.device("meta"))
+    groups = list(loader.draws)
+    assert [sizes for sizes, _, _ in groups] == [[10] * 3] * 3 + [[10]]
+    places = [place for batch in batches for place in batch]
+    pictures = torch.cat([fractals.render(draws, 16) for _, draws, _ in groups])
+    assert torch.equal(pictures, source.draw(places, 16))
+    assert torch.equal(torch.cat([numbers for _, _, numbers in groups]), source.numbers(places))
+
+
 def test_targets_are_even_over_the_classes_of_a_picture():
     shares = even_shares(torch.tensor([[2, -1, -1], [0, 3, -1], [1, 4, 0]]), 5)
     expected = [[0, 0, 1, 0, 0], [1 / 2, 0, 0, 1 / 2, 0], [1 / 3, 1 / 3, 0, 0, 1 / 3]]
@@ -123,7 +138,7 @@ def test_targets_are_even_over_the_classes_of_a_picture():
 
 def test_pictures_show_figures_of_every_kind():
     source = FractalSource.of(1000, fixed=True, side=64)
-    pictures = source.draw([(number, 0) for number in range(0, 1000, 5)], 64, CPU)
+    pictures = source.draw([(number, 0) for number in range(0, 1000, 5)], 64)
     assert torch.isfinite(pictures).all()
     grey = (pictures.amax(1) - pictures.amin(1)).flatten(1).amax(1) < 1e-6
     assert 0.2 < grey.float().mean() < 0.4

@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/benchmark", help="folder for rows.csv and pictures (%(default)s)")
     parser.add_argument("--task", nargs="+", choices=("infer", "train"), default=["infer"])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--engine", nargs="+", choices=("eager", "compile"), default=["eager"])
+    parser.add_argument(
+        "--engine", nargs="+", choices=("eager", "graph", "compile"), default=["eager"],
+        help="graph: a CUDA graph of the eager calls, of inference",
+    )  # fmt: skip
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="images of a step (1 8)")
     parser.add_argument("--pixels", nargs="+", type=int, default=[224], help="side of the images (224)")
     parser.add_argument(
@@ -111,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("no CUDA device is to be had; give --device cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if "graph" in args.engine and (device.type != "cuda" or "train" in args.task):
+        raise ValueError("--engine graph is for inference on a CUDA device; leave it out")
     if args.threads:
         torch.set_num_threads(args.threads)
     if device.type == "cuda":

@@ -30,7 +30,7 @@ class Case:
     Args:
         task: infer, or train: forward, backward and an AdamW step.
         precision: fp32, or bf16: weights and all when inferring, autocast over fp32 weights when training.
-        engine: eager, or compile: ``torch.compile`` with its defaults.
+        engine: eager; graph: the same calls, captured in a CUDA graph; or compile: ``torch.compile`` with its defaults.
         batch: Images of a step.
         pixels: Side of the images.
     """
@@ -121,6 +121,20 @@ def prepare(
         yield Contestant(step, parameters, macs, held, folded, memory_format)
 
 
+def capture(step: Step) -> Step:
+    """Return what replays a step's work on the GPU without the calls that ordered it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is chosen or made in the first calls
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def make_step(
     model: nn.Module, image: Tensor, case: Case, device: torch.device, memory_format: str
 ) -> tuple[Step, torch.optim.Optimizer | None]:
@@ -136,7 +150,7 @@ def make_step(
             with torch.inference_mode():
                 network(image)
 
-        return infer, None
+        return capture(infer) if case.engine == "graph" else infer, None
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     target = torch.randint(0, 1000, (len(image),), device=device)

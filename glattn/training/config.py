@@ -60,6 +60,9 @@ class TrainConfig:
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     channels_last: bool = option(True, "NHWC memory")
     compile: bool = option(False, "torch.compile the model")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
+        "default", "torch.compile's mode; reduce-overhead: CUDA graphs, where a GPU waits for small models' calls"
+    )
 
     # optimisation
     optimizer: str = option("adamw", "timm optimiser name")

@@ -11,7 +11,7 @@ import csv
 import gzip
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 
 import numpy as np
@@ -152,7 +152,6 @@ class Draws:
         counts: Sequence[int],
         *,
         side: int,
-        device: torch.device,
     ) -> Draws:
         """Draw for fractals of these systems, in pictures of ``side`` pixels."""
         chains = max(CHAINS * side**2 // 64**2, 16)
@@ -174,9 +173,13 @@ class Draws:
             )
             for column, value in zip(drawn, values, strict=True):
                 column.append(np.asarray(value))
-        stacked = [torch.from_numpy(np.stack(column)).float().to(device) for column in drawn]
-        tables = [table.to(device) for table in systems(changed, torch.float32)]
-        return cls(counts, *tables, *stacked)
+        stacked = [torch.from_numpy(np.stack(column)).float() for column in drawn]
+        return cls(counts, *systems(changed, torch.float32), *stacked)
+
+    def to(self, device: torch.device) -> Draws:
+        """Return them on a device."""
+        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "counts"}
+        return replace(self, **moved)
 
 
 def render(draws: Draws, side: int) -> Tensor:

@@ -90,7 +90,7 @@ class Trainer:
         self._restore()
         self.eval_model = self._evaluated()
         if config.compile:
-            self.task.compile()
+            self.task.compile(mode=config.compile_mode)
         self.task.trainable_module = self.accelerator.prepare(self.task.trainable_module)
         self.stepper = self.accelerator.prepare(self.optimizer)
         self.saved_at, self.saved = time.monotonic(), True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from glattn.training import command, fractals
 from glattn.training.config import TrainConfig
@@ -18,6 +19,7 @@ from glattn.training.data import Source
 
 # over the defaults of `TrainConfig`, under a recipe's file; the batch divides an epoch, which drops what is left over
 RECIPE = {"dataset": "fractals", "image_size": 64, "epochs": 40, "batch_size": 125, "lr": 0.002}
+_AT_ONCE = 1000  # pictures that an accelerator renders at once, if batches are smaller
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,8 @@ class FractalSource(Source):
         names = tuple(f"fractal{number:04d}" for number in range(len(maps)))
         return cls(None, numbers, numbers % len(maps), names, maps, fixed, instances, side)
 
-    def draw(self, places: Iterable[tuple[int, int]], side: int, device: torch.device) -> Tensor:
-        """Return the pictures of some (index, seed) pairs, ``(B, 3, side, side)`` in [0, 1]."""
-        places = list(places)
+    def draws(self, places: Sequence[tuple[int, int]], side: int) -> fractals.Draws:
+        """Return what is random of the pictures of some (index, seed) pairs."""
         shown = [self.classes(*place) for place in places]
         seeds = [
             [*([1, i] if self.fixed else [0, i, seed]), number]  # a seed is the same with zeros behind it
@@ -55,7 +56,19 @@ class FractalSource(Source):
         ]
         maps = [self.maps[number] for classes in shown for number in classes]
         counts = [len(classes) for classes in shown]
-        return fractals.render(fractals.Draws.of(maps, seeds, counts, side=side, device=device), side)
+        return fractals.Draws.of(maps, seeds, counts, side=side)
+
+    def draw(self, places: Sequence[tuple[int, int]], side: int) -> Tensor:
+        """Return the pictures of some (index, seed) pairs, ``(B, 3, side, side)`` in [0, 1]."""
+        return fractals.render(self.draws(places, side), side)
+
+    def numbers(self, places: Sequence[tuple[int, int]]) -> Tensor:
+        """Return [class, asked, given, further classes or -1] of some (index, seed) pairs."""
+        numbers = torch.full((len(places), 2 + self.instances), -1)
+        for row, (i, seed) in zip(numbers, places, strict=True):
+            own, *others = self.classes(i, seed)
+            row[: 3 + len(others)] = torch.tensor([own, i, i, *others])
+        return numbers
 
     def classes(self, index: int, seed: int) -> list[int]:
         """Return the classes that a picture shows: its own, and 0 to `instances` - 1 others."""
@@ -68,7 +81,7 @@ class FractalSource(Source):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return picture number `index`, and its class."""
-        picture = self.draw([(index, 0)], self.side, torch.device("cpu"))[0]
+        picture = self.draw([(index, 0)], self.side)[0]
         return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()), int(self.targets[index])
 
     def loader(
@@ -77,18 +90,37 @@ class FractalSource(Source):
         data_config: dict[str, Any],
         **options: Any,
     ) -> FractalLoader:
-        """Return a loader that draws on the device; there is nothing to read, to replace or to augment."""
-        return FractalLoader(self, batches, data_config, options["device"])
+        """Return a loader that renders on the device; there is nothing to read, to replace or to augment."""
+        return FractalLoader(self, batches, data_config, workers=options["workers"], device=options["device"])
+
+
+@dataclass(frozen=True)
+class _DrawnBatches(Dataset[tuple[list[int], fractals.Draws, Tensor]]):
+    """What is random of some batches together, and how many pictures each has, by their (index, seed) pairs."""
+
+    source: FractalSource
+    side: int
+
+    def __getitems__(self, batches: list[list[tuple[int, int]]]) -> tuple[list[int], fractals.Draws, Tensor]:
+        places = [place for batch in batches for place in batch]
+        return [len(batch) for batch in batches], self.source.draws(places, self.side), self.source.numbers(places)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 class FractalLoader:
     """Normalised (pictures, [class, asked, given, further classes or -1]), a batch at a time.
 
+    An accelerator renders several batches at once, of which one would leave it idle: a walk is many small steps.
+
     Args:
         source: What to draw.
         batches: Which pictures, with which seeds.
         data_config: ``input_size``, ``mean`` and ``std`` are read here.
-        device: Where it is drawn.
+        workers: Processes that draw random numbers for an accelerator; a CPU is as busy without.
+        device: Where it is rendered.
     """
 
     def __init__(
@@ -96,20 +128,43 @@ class FractalLoader:
         source: FractalSource,
         batches: Iterable[list[tuple[int, int]]],
         data_config: dict[str, Any],
+        *,
+        workers: int,
         device: torch.device,
     ) -> None:
-        self.source, self.batches, self.device = source, batches, device
-        self.side = int(data_config["input_size"][-1])
+        self.side, self.device = int(data_config["input_size"][-1]), device
+        on_cpu = device.type == "cpu"
+        self.draws = DataLoader(
+            _DrawnBatches(source, self.side),
+            batch_sampler=_Groups(batches, 1 if on_cpu else _AT_ONCE),
+            num_workers=0 if on_cpu else workers,
+            collate_fn=_as_is,
+            persistent_workers=not on_cpu and workers > 0,
+        )
         self.mean, self.std = (torch.tensor(data_config[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for places in self.batches:
-            pictures = (self.source.draw(places, self.side, self.device) - self.mean) / self.std
-            numbers = torch.full((len(places), 2 + self.source.instances), -1)
-            for row, (i, seed) in zip(numbers, places, strict=True):
-                own, *others = self.source.classes(i, seed)
-                row[: 3 + len(others)] = torch.tensor([own, i, i, *others])
-            yield pictures, numbers.to(self.device)
+        for sizes, draws, numbers in self.draws:
+            pictures = (fractals.render(draws.to(self.device), self.side) - self.mean) / self.std
+            yield from zip(pictures.split(sizes), numbers.to(self.device).split(sizes), strict=True)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Batches by groups of at least so many pictures, but for the last."""
+
+    batches: Iterable[list[tuple[int, int]]]
+    pictures: int
+
+    def __iter__(self) -> Iterator[list[list[tuple[int, int]]]]:
+        group: list[list[tuple[int, int]]] = []
+        for batch in self.batches:
+            group.append(batch)
+            if sum(map(len, group)) >= self.pictures:
+                yield group
+                group = []
+        if group:
+            yield group
 
 
 def open_fractals(config: TrainConfig) -> tuple[FractalSource, FractalSource]:
