@@ -24,6 +24,7 @@ from glattn.training.fractals import SAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
+ON_GPU = ("gpu-atto", "gpu-tiny")
 # folders of run_proxies.py's runs, the size that is compared there, and the folder of the speeds beside it
 DRAWINGS = {
     "icons100": ("atto", "speed-atto"),
@@ -96,8 +97,11 @@ def read(name: str) -> list[dict[str, str]]:
 
 def place(rows: Iterable[dict[str, str]]) -> str:
     """Return the machines that rows were measured on, a line to stand below their table."""
-    machines = dict.fromkeys((row["threads"], row["machine"], row["capability"]) for row in rows)
-    names = (f"{threads} threads of {name}" + (f" ({kind})" if kind else "") for threads, name, kind in machines)
+    machines = dict.fromkeys((row["device"], row["threads"], row["machine"], row["capability"]) for row in rows)
+    names = (
+        name if device == "cuda" else f"{threads} threads of {name}" + (f" ({kind})" if kind else "")
+        for device, threads, name, kind in machines
+    )  # fmt: skip
     return f"\n\nOn {', '.join(names)}."
 
 
@@ -117,7 +121,8 @@ def speed(*sizes: str) -> str:
         values = [(cases.get(case, {}).get(field), form) for case, field, form in columns]
         cells = [format(float(value), form) if value else "" for value, form in values]
         rows.append([f"{bold}`{name}`{bold}", *cells])
-    return markdown(head, rows) + place(measured)
+    shown = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return markdown([head[i] for i in shown], [[row[i] for i in shown] for row in rows]) + place(measured)
 
 
 def ratios(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str], str]:
@@ -392,7 +397,7 @@ def card(name: str) -> str:
 def results() -> str:
     """Return docs/results.md with its tables filled."""
     text = (ROOT / "docs" / "results.md").read_text()
-    for size in PEERED:
+    for size in (*PEERED, *ON_GPU):
         text = fill(text, f"speed-{size}", speed(size))
     tables = {
         "speed-larger": speed("base", "large"),
