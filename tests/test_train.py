@@ -299,6 +299,8 @@ MISTAKES = {
     "batch_size=0": "batch_size=0 is out of range",
     "crop_ratio=0": "crop_ratio=0.0 is out of range",
     "resume=always": "resume='always': allowed is 'auto' or nothing",
+    "compile_mode=reduce-overhead": "does nothing without compile=true",
+    "compile=true compile_mode=reduce-overhead accumulate=2": "loses gradients between the parts of accumulate=2",
     "epochs": "'epochs' is no key=value",
     "lr.x=1": "'lr' holds no keys of its own",
     "optimizer=adamwish": "optimizer='adamwish'",

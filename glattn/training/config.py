@@ -135,6 +135,14 @@ class TrainConfig:
             raise ValueError(f"resume={self.resume!r}: allowed is 'auto' or nothing")
         if self.instances > 1 and self.dataset != "fractals":
             raise ValueError(f"instances={self.instances}: only pictures of dataset=fractals show several classes")
+        if self.compile_mode != "default" and not self.compile:
+            raise ValueError(f"compile_mode={self.compile_mode} does nothing without compile=true; give both or neither")
+        if self.compile_mode in ("reduce-overhead", "max-autotune") and self.accumulate > 1:
+            # pytorch/pytorch#169545: a CUDA graph writes a part's gradients where the last one's are
+            raise ValueError(
+                f"compile_mode={self.compile_mode} loses gradients between the parts of accumulate={self.accumulate}: "
+                "give accumulate=1 or another compile_mode"
+            )
 
     @classmethod
     def read(
