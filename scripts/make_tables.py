@@ -23,8 +23,8 @@ from glattn.models.weights import HUB
 from glattn.training.fractals import SAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERED = ("atto", "pico", "nano", "tiny", "small")  # sizes that docs/results.md compares
-ON_GPU = ("gpu-atto", "gpu-tiny")
+# folders of speed that docs/results.md shows: sizes beside their peers, and two of them on a GPU
+PEERED = ("atto", "pico", "nano", "tiny", "small", "gpu-atto", "gpu-tiny")
 # folders of run_proxies.py's runs, the size that is compared there, and the folder of the speeds beside it
 DRAWINGS = {
     "icons100": ("atto", "speed-atto"),
@@ -110,7 +110,8 @@ def speed(*sizes: str) -> str:
     found: dict[str, dict[str, dict[str, str]]] = {}
     measured = [row for size in sizes for row in read(f"speed-{size}/rows.csv")]
     for row in measured:
-        found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = row
+        if row["engine"] == "eager":
+            found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = row
     head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8", "training, batch 8")
     rows = []
     for name, cases in sorted(found.items(), key=lambda item: -float(item[1]["infer 8"]["ratio"] or 0)):
@@ -397,7 +398,7 @@ def card(name: str) -> str:
 def results() -> str:
     """Return docs/results.md with its tables filled."""
     text = (ROOT / "docs" / "results.md").read_text()
-    for size in (*PEERED, *ON_GPU):
+    for size in PEERED:
         text = fill(text, f"speed-{size}", speed(size))
     tables = {
         "speed-larger": speed("base", "large"),

@@ -319,6 +319,7 @@ def test_a_model_that_cannot_is_a_row_and_the_others_are_measured(tmp_path):
         (["test_resnet", "--batch", "0"], "--batch"),
         (["test_resnet", "--baseline", "no_such_model"], "no_such_model"),
         (["test_resnet", "--baseline", "test_*"], "give one"),
+        (["test_resnet", "--engine", "graph", "--device", "cpu"], "--engine graph is for inference on a CUDA device"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_line(arguments, word, tmp_path, capsys):

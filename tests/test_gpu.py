@@ -4,7 +4,6 @@ import copy
 import csv
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -14,12 +13,13 @@ from oracles import OPTIONS, product
 from timm.utils import reparameterize_model
 from torch.nn import functional as F
 
+from glattn.benchmark.contestant import capture
 from glattn.cli import main
 from glattn.layers import TABLES
-from glattn.training import fractals
+from glattn.layers.conv import Pointwise
+from glattn.training import fractals, pretrain
 from glattn.training.data import TrainingBatches
 from glattn.training.digits import write_digits
-from glattn.training.pretrain import FractalLoader, FractalSource
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,15 +49,10 @@ def test_outputs_and_gradients_are_those_of_the_cpu(layout, position, mechanism)
     for size in ((64, 64), (70, 45)):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, 3, *size, dtype=torch.float64)
-            torch.manual_seed(1)
             expected = model(x)
             expected.square().mean().backward()
-            torch.manual_seed(1)
             out = moved(x.to(GPU).to(memory_format=memory_format))
             out.square().mean().backward()
-            if mechanism == "reformer":  # its hashes are drawn on the device
-                assert out.isfinite().all()
-                continue
             assert relative(out.cpu(), expected) < 1e-6
             for one, other in zip(moved.parameters(), model.parameters(), strict=True):
                 torch.testing.assert_close(one.grad.cpu(), other.grad, rtol=1e-5, atol=1e-8)
@@ -86,32 +81,44 @@ def test_a_variant_is_the_same_folded_and_in_both_memory_formats(name):
 @pytest.mark.parametrize("mechanism", sorted(TABLES["mechanism"]))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_near(mechanism, dtype):
-    model = small(mechanism=mechanism, layout="full", head_dim=4).to(GPU)
-    x = torch.randn(2, 3, 128, 128, device=GPU)
+    model = small(mechanism=mechanism, layout="full", head_dim=4).to(GPU).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 128, 96, device=GPU).to(memory_format=torch.channels_last)
     with torch.no_grad():
         expected = model(x)
-        for out in (torch.autocast("cuda", dtype)(model)(x), copy.deepcopy(model).to(dtype)(x.to(dtype))):
+        folded = reparameterize_model(copy.deepcopy(model)).to(dtype)
+        for out in (torch.autocast("cuda", dtype)(model)(x), copy.deepcopy(model).to(dtype)(x.to(dtype)),
+                    folded(x.to(dtype))):  # fmt: skip
             assert out.isfinite().all()
-            if mechanism != "reformer":
-                assert relative(out.float(), expected) < 0.1
+            if mechanism != "reformer":  # rounding moves a cell to another bucket
+                assert relative(out.float(), expected) < 0.03
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_1x1_convolution_is_torchs(dtype, bias):
+    conv = Pointwise(24, 40, 1, bias=bias).to(GPU, dtype)
+    x = torch.randn(3, 24, 7, 11, device=GPU, dtype=dtype).to(memory_format=torch.channels_last)
+    out = conv(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    expected = F.conv2d(x.double(), conv.weight.double(), None if conv.bias is None else conv.bias.double())
+    assert relative(out.double(), expected) < 1e-2
 
 
 def test_a_captured_graph_replays_the_model():
     model = reparameterize_model(small()).to(GPU).to(memory_format=torch.channels_last)
     image = torch.randn(4, 3, 64, 64, device=GPU).to(memory_format=torch.channels_last)
-    stream = torch.cuda.Stream()
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3):
-            model(image)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = model(image)
-        new = torch.randn_like(image)
-        image.copy_(new)
-        graph.replay()
-        stream.synchronize()
-        torch.testing.assert_close(out, model(new), rtol=1e-3, atol=1e-3)
+    outs = []
+
+    def infer():
+        with torch.inference_mode():
+            outs.append(model(image))
+
+    replay = capture(infer)
+    image.copy_(torch.randn_like(image))
+    replay()
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        torch.testing.assert_close(outs[-1].clone(), model(image), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.compile
@@ -146,29 +153,34 @@ def test_digits_are_learnt_and_a_run_goes_on(tmp_path, monkeypatch, capsys, prec
 
 
 @pytest.mark.parametrize("instances", [1, 3])
-def test_fractals_are_those_of_the_cpu_whoever_draws(instances):
-    source = FractalSource.of(1000, fixed=False, side=64, instances=instances)
+def test_fractals_are_those_of_the_cpu_whoever_draws(monkeypatch, instances):
+    monkeypatch.setattr(pretrain, "_AT_ONCE", 120 * instances)
+    source = pretrain.FractalSource.of(1000, fixed=False, side=64, instances=instances)
     config = {"input_size": (3, 64, 64), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}
     seen = []
     for device, workers in ((torch.device("cpu"), 0), (GPU, 0), (GPU, 3)):
-        loader = FractalLoader(source, TrainingBatches(1000, 50, seed=1), config, workers=workers, device=device)
-        seen.append([(pictures.cpu(), numbers.cpu()) for pictures, numbers in loader])
-        assert len(seen[-1]) == 20
-    for batches in seen[1:]:
-        for (pictures, numbers), (expected, theirs) in zip(batches, seen[0], strict=True):
+        batches, found = TrainingBatches(1000, 50, seed=1), []
+        loader = pretrain.FractalLoader(source, batches, config, workers=workers, device=device)
+        for batches.epoch in range(2):
+            found += [(pictures.cpu(), numbers.cpu()) for pictures, numbers in loader]
+        assert len(found) == 40
+        seen.append(found)
+    for found in seen[1:]:
+        for (pictures, numbers), (expected, theirs) in zip(found, seen[0], strict=True):
             assert torch.equal(numbers, theirs)
             assert (pictures - expected).abs().mean() < 0.01
             assert ((pictures - expected).abs() > 0.1).float().mean() < 0.01
 
 
 def test_pretraining_learns(tmp_path, monkeypatch):
-    monkeypatch.setattr(fractals, "SAMPLES", 2000)
+    monkeypatch.setattr(fractals, "SAMPLES", 5000)
     monkeypatch.setattr(fractals, "HELD_OUT", 100)
     options = ["model=test_glattn", "tracker=none", "precision=bf16", "workers=2"]
-    assert main(["pretrain", "--samples", "4000", "--run", str(tmp_path / "run"), *options]) == 0
+    assert main(["pretrain", "--samples", "10000", "--run", str(tmp_path / "run"), *options]) == 0
     with open(tmp_path / "run" / "metrics.csv") as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
-    assert np.isfinite(losses).all()
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
 
 
 def test_the_benchmark_measures_the_device(tmp_path):
@@ -184,4 +196,6 @@ def test_the_benchmark_measures_the_device(tmp_path):
     for row in rows:
         assert not row["error"]
         assert float(row["images_per_second"]) > 0
-        assert float(row["peak_mb"]) >= float(row["held_mb"]) > 0
+        assert float(row["held_mb"]) > 0
+        assert (row["engine"] == "graph") == (row["peak_mb"] == "")
+        assert row["engine"] == "graph" or float(row["peak_mb"]) > float(row["held_mb"])

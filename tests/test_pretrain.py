@@ -117,17 +117,18 @@ def test_fractals_are_drawn_one_over_the_other(table):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_accelerator_is_given_the_same_draws_several_batches_at_once(monkeypatch, workers):
-    monkeypatch.setattr(pretrain, "_AT_ONCE", 25)
+    monkeypatch.setattr(pretrain, "_AT_ONCE", 3)  # of 64 x 64 pixels: 24 pictures of 16 x 16, two fractals each
     source = FractalSource.of(100, fixed=False, side=16, instances=2)
     batches = TrainingBatches(100, 10, seed=1)
     config = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3}
     loader = pretrain.FractalLoader(source, batches, config, workers=workers, device=torch.device("meta"))
-    groups = list(loader.draws)
-    assert [sizes for sizes, _, _ in groups] == [[10] * 3] * 3 + [[10]]
-    places = [place for batch in batches for place in batch]
-    pictures = torch.cat([fractals.render(draws, 16) for _, draws, _ in groups])
-    assert torch.equal(pictures, source.draw(places, 16))
-    assert torch.equal(torch.cat([numbers for _, _, numbers in groups]), source.numbers(places))
+    for batches.epoch in range(2):
+        groups = list(loader.draws)
+        assert [sizes for sizes, _, _ in groups] == [[10] * 3] * 3 + [[10]]
+        places = [place for batch in batches for place in batch]
+        pictures = torch.cat([fractals.render(draws, 16) for _, draws, _ in groups])
+        assert torch.equal(pictures, source.draw(places, 16))
+        assert torch.equal(torch.cat([numbers for _, _, numbers in groups]), source.numbers(places))
 
 
 def test_targets_are_even_over_the_classes_of_a_picture():

@@ -101,7 +101,9 @@ def test_they_know_fractals_that_they_have_not_seen():
     model = timm.create_model("glattn_atto", pretrained=True).eval()
     source = FractalSource.of(400, fixed=True, side=64)
     config = {**timm.data.resolve_model_data_config(model), "input_size": (3, 64, 64)}
-    (pictures, places), *_ = source.loader([[(i, 0) for i in range(400)]], config, device=torch.device("cpu"))
+    (pictures, places), *_ = source.loader(
+        [[(i, 0) for i in range(400)]], config, workers=0, device=torch.device("cpu")
+    )
     with torch.inference_mode():
         right = (model(pictures).argmax(1) == places[:, 0]).float().mean()
     measured = json.loads((RECORD / "best" / "metrics.json").read_text())["top1"]

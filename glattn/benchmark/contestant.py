@@ -132,7 +132,11 @@ def capture(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(keep: Step = step) -> None:  # with what the step holds, whose memory the graph reads
+        graph.replay()
+
+    return replay
 
 
 def make_step(

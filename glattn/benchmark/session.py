@@ -170,7 +170,8 @@ class Session:
                 result.append(row | {"error": errors[name]})
                 continue
             entry = faster[name]
-            growth = measure_growth(ready[entry].step, self.device)
+            # a graph's memory is its own, taken before
+            growth = None if case.engine == "graph" else measure_growth(ready[entry].step, self.device)
             row |= _figures(ready[entry], case, seconds[entry], rate, growth)
             row |= {"repeats": str(steps[entry][1]), "warm_up_seconds": f"{seconds_to_warm[entry]:.2f}"}
             if self.settings.baseline in faster:
@@ -179,7 +180,7 @@ class Session:
         return result
 
 
-def _figures(contestant: Contestant, case: Case, seconds: list[float], rate: float, growth: int) -> Row:
+def _figures(contestant: Contestant, case: Case, seconds: list[float], rate: float, growth: int | None) -> Row:
     spread = Spread.of(seconds)
     macs_per_second = contestant.macs * case.batch / spread.median / 1e9
     return {
@@ -196,7 +197,7 @@ def _figures(contestant: Contestant, case: Case, seconds: list[float], rate: flo
         "matmul_gmacs_per_second": f"{rate:.6g}",
         "share_of_matmul": f"{macs_per_second / rate:.6g}",
         "held_mb": f"{contestant.held() / 1e6:.2f}",
-        "peak_mb": f"{(contestant.held() + growth) / 1e6:.2f}",
+        "peak_mb": "" if growth is None else f"{(contestant.held() + growth) / 1e6:.2f}",
     }
 
 

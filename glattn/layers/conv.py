@@ -49,7 +49,6 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_HALF = (torch.float16, torch.bfloat16)
 _LEAST = 2**20  # multiply-adds, below which laying the weight out for oneDNN's product takes longer than it saves
 
 
@@ -86,9 +85,9 @@ register_optimizer_step_post_hook(_count_step)
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution; in channels_last memory, as the matrix product that it is where that is faster.
 
-    On the CPU so it is in inference; and of few cells, of the whole batch, of which the convolution takes up to twice
-    as long, and eight times as long on a map of one cell. In training in fp32 it gains of fewer cells only. On CUDA in
-    half precision, where cuDNN adds the bias in a second pass.
+    So it is on the CPU, in inference; and of few cells, of the whole batch, of which the convolution takes up to twice
+    as long, and eight times as long on a map of one cell. In training in fp32 it gains of fewer cells only. And on CUDA
+    in half precision, in inference: there cuDNN adds the bias in a pass of its own. In training the two are level.
     """
     if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         rows = x.permute(0, 2, 3, 1)
@@ -101,7 +100,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                     return onednn.multiply(x, weight.flatten(1), bias)
             if cells <= (256 if torch.is_grad_enabled() and x.dtype == torch.float32 else 1024):
                 return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
-        elif x.device.type == "cuda" and x.dtype in _HALF and rows.is_contiguous():
+        elif x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and rows.is_contiguous():
             return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias)
 

@@ -41,7 +41,7 @@ class TrainConfig:
     bad_images: Literal["skip", "refuse"] = option(
         "skip", "unreadable images: skip (counted and listed) or refuse (all are read before training starts)"
     )
-    workers: int = option(2, "processes that load images, for each training process")
+    workers: int = option(2, "processes that load images, or draw fractals for a GPU, for each training process")
 
     # model
     model: str = option("glattn_atto", "timm model name, hf-hub:ORG/NAME or local-dir:PATH")
@@ -61,7 +61,7 @@ class TrainConfig:
     channels_last: bool = option(True, "NHWC memory")
     compile: bool = option(False, "torch.compile the model")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
-        "default", "torch.compile's mode; reduce-overhead: CUDA graphs, where a GPU waits for small models' calls"
+        "default", "mode of compile=true; reduce-overhead replays a small model's steps on a GPU as CUDA graphs"
     )
 
     # optimisation
@@ -136,7 +136,9 @@ class TrainConfig:
         if self.instances > 1 and self.dataset != "fractals":
             raise ValueError(f"instances={self.instances}: only pictures of dataset=fractals show several classes")
         if self.compile_mode != "default" and not self.compile:
-            raise ValueError(f"compile_mode={self.compile_mode} does nothing without compile=true; give both or neither")
+            raise ValueError(
+                f"compile_mode={self.compile_mode} does nothing without compile=true; give both or neither"
+            )
         if self.compile_mode in ("reduce-overhead", "max-autotune") and self.accumulate > 1:
             # pytorch/pytorch#169545: a CUDA graph writes a part's gradients where the last one's are
             raise ValueError(

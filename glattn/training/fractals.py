@@ -11,7 +11,7 @@ import csv
 import gzip
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import numpy as np
@@ -178,8 +178,7 @@ class Draws:
 
     def to(self, device: torch.device) -> Draws:
         """Return them on a device."""
-        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "counts"}
-        return replace(self, **moved)
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if name != "counts"})
 
 
 def render(draws: Draws, side: int) -> Tensor:

@@ -19,7 +19,7 @@ from glattn.training.data import Source
 
 # over the defaults of `TrainConfig`, under a recipe's file; the batch divides an epoch, which drops what is left over
 RECIPE = {"dataset": "fractals", "image_size": 64, "epochs": 40, "batch_size": 125, "lr": 0.002}
-_AT_ONCE = 1000  # pictures that an accelerator renders at once, if batches are smaller
+_AT_ONCE = 1000  # fractals of 64 x 64 pixels that an accelerator renders at once, if batches are smaller
 
 
 @dataclass(frozen=True)
@@ -101,25 +101,21 @@ class _DrawnBatches(Dataset[tuple[list[int], fractals.Draws, Tensor]]):
     source: FractalSource
     side: int
 
-    def __getitems__(self, batches: list[list[tuple[int, int]]]) -> tuple[list[int], fractals.Draws, Tensor]:
+    def __getitem__(self, batches: list[list[tuple[int, int]]]) -> tuple[list[int], fractals.Draws, Tensor]:
         places = [place for batch in batches for place in batch]
         return [len(batch) for batch in batches], self.source.draws(places, self.side), self.source.numbers(places)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 class FractalLoader:
     """Normalised (pictures, [class, asked, given, further classes or -1]), a batch at a time.
 
-    An accelerator renders several batches at once, of which one would leave it idle: a walk is many small steps.
+    An accelerator renders several batches at once: a walk is many small steps, of which one batch would leave it idle.
 
     Args:
         source: What to draw.
         batches: Which pictures, with which seeds.
         data_config: ``input_size``, ``mean`` and ``std`` are read here.
-        workers: Processes that draw random numbers for an accelerator; a CPU is as busy without.
+        workers: Processes that draw random numbers, for an accelerator alone: a CPU that renders has no time to spare.
         device: Where it is rendered.
     """
 
@@ -133,13 +129,15 @@ class FractalLoader:
         device: torch.device,
     ) -> None:
         self.side, self.device = int(data_config["input_size"][-1]), device
-        on_cpu = device.type == "cpu"
+        at_once = _AT_ONCE * 64**2 // (self.side**2 * source.instances)
+        if device.type == "cpu":
+            workers, at_once = 0, 1
         self.draws = DataLoader(
             _DrawnBatches(source, self.side),
-            batch_sampler=_Groups(batches, 1 if on_cpu else _AT_ONCE),
-            num_workers=0 if on_cpu else workers,
-            collate_fn=_as_is,
-            persistent_workers=not on_cpu and workers > 0,
+            batch_size=None,
+            sampler=_Groups(batches, at_once),
+            num_workers=workers,
+            persistent_workers=workers > 0,
         )
         self.mean, self.std = (torch.tensor(data_config[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
 
