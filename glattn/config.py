@@ -139,7 +139,7 @@ class GLAttnConfig:
     mlp_ratio: tuple[float, ...] = (4.0, 4.0, 4.0, 4.0)
     mixer: tuple[MixerConfig, ...] = field(default_factory=lambda: (MixerConfig(),) * NUM_STAGES)
     stem_stride: int = 4
-    act_layer: str = "hard_swish"
+    act_layer: str = "relu"
     layer_scale: float = 0.1
     abs_pos: str = "none"
 

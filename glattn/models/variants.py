@@ -19,9 +19,9 @@ _TINY = _size((64, 128, 384, 640), (2, 2, 6, 3))
 
 VARIANTS: dict[str, GLAttnConfig] = {
     "test_glattn": _size((16, 24, 32, 64), (1, 1, 2, 1), head_dim=8),
-    "glattn_atto": _size((32, 64, 160, 448), (1, 1, 3, 1), mlp_ratio=(4.0, 4.0, 4.0, 2.0), act_layer="relu"),
-    "glattn_pico": _size((64, 96, 224, 416), (1, 1, 4, 2), act_layer="relu"),
-    "glattn_nano": _size((64, 128, 288, 512), (1, 1, 6, 2), act_layer="relu"),
+    "glattn_atto": _size((32, 64, 160, 448), (1, 1, 3, 1), mlp_ratio=(4.0, 4.0, 4.0, 2.0)),
+    "glattn_pico": _size((64, 96, 224, 416), (1, 1, 4, 2)),
+    "glattn_nano": _size((64, 128, 288, 512), (1, 1, 6, 2)),
     "glattn_tiny": _TINY,
     "glattn_small": _size((64, 160, 320, 640), (3, 3, 24, 3)),
     "glattn_base": _size((96, 224, 416, 832), (3, 3, 26, 3)),
