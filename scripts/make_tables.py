@@ -350,16 +350,29 @@ def pretraining(folder: str) -> str:
 
 
 def started(folder: Path) -> str:
-    """Return, for a card, what run the one recorded started from: "" if from none."""
-    if not (folder / BEFORE).is_dir():
+    """Return, for a card, what runs the one recorded went on from: "" if from none."""
+    folders = [folder]
+    while (folders[-1] / BEFORE).is_dir():
+        folders.append(folders[-1] / BEFORE)
+    if len(folders) == 1:
         return ""
-    then, now = read_record(folder / BEFORE), read_record(folder)
-    if not then.seen or not now.seen or not then.hours:
-        raise ValueError(f"{folder}: its record, or the one before, does not say how many pictures were seen")
-    return f"""The run below started from the weights of another one: `{then.command}`, at its best after
-{then.seen:,} pictures, {then.hours:.1f} hours of steps in all, seed {then.seed}, commit
-{then.environment["commit"]} ([record]({BEFORE})); so
-these weights saw {then.seen + now.seen:,} pictures.
+    lines, seen = [], 0
+    for each in folders:
+        run = read_record(each)
+        if not run.seen or not run.hours:
+            raise ValueError(f"{each}: its record does not say how many pictures were seen")
+        seen += run.seen
+        where = each.relative_to(folder)
+        lines.append(
+            f"- `{run.command}`: at its best after {run.seen:,} pictures, {run.hours:.2g} hours of steps in all on\n"
+            f"  {run.environment['device']}, seed {run.seed}, commit {run.environment['commit']}"
+            f"\n  ([record]({where}))"
+        )
+    runs = "\n".join(reversed(lines))
+    return f"""The run below is the last of {len(folders)}, each from the weights of the one before; so these weights saw
+{seen:,} pictures:
+
+{runs}
 
 """
 

@@ -26,7 +26,7 @@ from glattn.training.pretrain import FractalSource
 from glattn.training.validation import predict_source
 
 ROOT = Path(__file__).resolve().parents[1]
-BEFORE = "before"  # folder of the record of the run that it started from
+BEFORE = "before"  # folder of the record of the run that it started from, which may hold another
 RECORD = ("config.yaml", "environment.json", "metrics.csv", "curve.png")
 
 
@@ -86,7 +86,7 @@ def main() -> int:
     )
     parser.add_argument("run", type=Path, help="run folder of `glattn pretrain`")
     aim = parser.add_mutually_exclusive_group()
-    aim.add_argument("--after", type=Path, metavar="RUN", help="run that this one started from, for the record")
+    aim.add_argument("--after", type=Path, metavar="RUN", help="run that this one started from, or its record")
     aim.add_argument("--to", type=Path, metavar="FILE", help="write the weights there, and nothing into the package")
     args = parser.parse_args()
     try:
@@ -102,7 +102,10 @@ def main() -> int:
             raise ValueError(f"{args.run}: its classes are not the {len(cfg.label_names)} fractals of {name}.{cfg.tag}")
         best = json.loads((args.run / "best" / "metrics.json").read_text())
         record = ROOT / "docs" / "weights" / f"{name}.{cfg.tag}"
-        records = {record: args.run, **({record / BEFORE: args.after} if args.after else {})}
+        records, after = {record: args.run}, args.after
+        while after:  # and so on, to the run that started from nothing
+            records[record.joinpath(*[BEFORE] * len(records))] = after
+            after = after / BEFORE if (after / BEFORE).is_dir() else None
         for run in records.values():
             if absent := [file for file in RECORD if not (run / file).is_file()]:
                 raise FileNotFoundError(f"{run}: no {absent[0]}; is it a run folder of `glattn pretrain`?")
