@@ -369,8 +369,7 @@ def started(folder: Path) -> str:
             f"\n  ([record]({where}))"
         )
     runs = "\n".join(reversed(lines))
-    return f"""The run below is the last of {len(folders)}, each from the weights of the one before; so these weights saw
-{seen:,} pictures:
+    return f"""The run below is the last of {len(folders)}, each from the weights of the one before it, {seen:,} pictures in all:
 
 {runs}
 
