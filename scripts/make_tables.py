@@ -362,14 +362,14 @@ def started(folder: Path) -> str:
         if not run.seen or not run.hours:
             raise ValueError(f"{each}: its record does not say how many pictures were seen")
         seen += run.seen
-        where = each.relative_to(folder)
         lines.append(
-            f"- `{run.command}`: at its best after {run.seen:,} pictures, {run.hours:.2g} hours of steps in all on\n"
-            f"  {run.environment['device']}, seed {run.seed}, commit {run.environment['commit']}"
-            f"\n  ([record]({where}))"
+            f"- `{run.command}`: at its best after {run.seen:,} pictures, {run.hours:.2g} hours of steps in all on"
+            f" {run.environment['device']}, seed {run.seed}, commit {run.environment['commit']}"
+            f" ([record]({each.relative_to(folder)}))"
         )
     runs = "\n".join(reversed(lines))
-    return f"""The run below is the last of {len(folders)}, each from the weights of the one before it, {seen:,} pictures in all:
+    return f"""The run below is the last of {len(folders)}, each from the weights of the one before it; so these weights
+saw {seen:,} pictures:
 
 {runs}
 

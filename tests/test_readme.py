@@ -38,20 +38,28 @@ def test_cards_are_generated():
         assert (folder / "README.md").read_text() == make_tables.card(folder.name), "run `make tables`"
 
 
-def test_a_card_names_the_run_that_the_weights_started_from(tmp_path):
-    for folder, command, epochs in ((tmp_path, "glattn pretrain b", 1), (tmp_path / "before", "glattn pretrain a", 3)):
+def test_a_card_names_the_runs_that_the_weights_went_on_from(tmp_path):
+    before = tmp_path / "before"
+    for folder, command, epochs in ((tmp_path, "c", 1), (before, "b", 2), (before / "before", "a", 3)):
         folder.mkdir(exist_ok=True)
-        environment = {"command": command, "commit": "c0", "images_per_epoch": 7200}
+        environment = {
+            "command": f"glattn pretrain {command}",
+            "commit": "c0",
+            "device": "cpu",
+            "images_per_epoch": 7200,
+        }
         (folder / "environment.json").write_text(json.dumps(environment))
         (folder / "config.yaml").write_text("seed: 5\n")
         # the last but one is the best
         rows = [f"{90 if epoch == max(epochs - 1, 1) else 50},2" for epoch in range(1, epochs + 1)]
         (folder / "metrics.csv").write_text("\n".join(["top1,images_per_second", *rows]))
     said = make_tables.started(tmp_path)
-    assert "`glattn pretrain a`, at its best after\n14,400 pictures, 3.0 hours" in said
-    assert "seed 5, commit\nc0" in said
-    assert "saw 21,600 pictures" in said
-    assert make_tables.started(tmp_path / "before") == ""
+    lines = [line for line in said.splitlines() if line.startswith("- ")]
+    assert [line.split("`")[1] for line in lines] == [f"glattn pretrain {command}" for command in "abc"]
+    assert "at its best after 14,400 pictures, 3 hours of steps in all on cpu, seed 5, commit c0" in lines[0]
+    assert [line.partition("[record](")[2] for line in lines] == ["before/before))", "before))", ".))"]
+    assert "saw 28,800 pictures" in said
+    assert make_tables.started(before / "before") == ""
 
 
 def test_its_commands_exist():
