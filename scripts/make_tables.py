@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import timm
-from make_weights import BEFORE
+from make_weights import chain
 from transfer import TASKS
 
 from glattn.benchmark.contestant import split_options
@@ -351,9 +351,7 @@ def pretraining(folder: str) -> str:
 
 def started(folder: Path) -> str:
     """Return, for a card, what runs the one recorded went on from: "" if from none."""
-    folders = [folder]
-    while (folders[-1] / BEFORE).is_dir():
-        folders.append(folders[-1] / BEFORE)
+    folders = chain(folder)
     if len(folders) == 1:
         return ""
     lines, seen = [], 0

@@ -30,6 +30,12 @@ BEFORE = "before"  # folder of the record of the run that it started from, which
 RECORD = ("config.yaml", "environment.json", "metrics.csv", "curve.png")
 
 
+def chain(folder: Path) -> list[Path]:
+    """Return a record and those of the runs before its run, back to the one that started from nothing."""
+    before = folder / BEFORE
+    return [folder, *(chain(before) if before.is_dir() else [])]
+
+
 def start(run: Path) -> nn.Module:
     """Return a pretraining's best model as others start from it: the same function of smaller kernels.
 
@@ -102,10 +108,8 @@ def main() -> int:
             raise ValueError(f"{args.run}: its classes are not the {len(cfg.label_names)} fractals of {name}.{cfg.tag}")
         best = json.loads((args.run / "best" / "metrics.json").read_text())
         record = ROOT / "docs" / "weights" / f"{name}.{cfg.tag}"
-        records, after = {record: args.run}, args.after
-        while after:  # and so on, to the run that started from nothing
-            records[record.joinpath(*[BEFORE] * len(records))] = after
-            after = after / BEFORE if (after / BEFORE).is_dir() else None
+        runs = [args.run, *(chain(args.after) if args.after else [])]
+        records = {record.joinpath(*[BEFORE] * number): run for number, run in enumerate(runs)}
         for run in records.values():
             if absent := [file for file in RECORD if not (run / file).is_file()]:
                 raise FileNotFoundError(f"{run}: no {absent[0]}; is it a run folder of `glattn pretrain`?")
