@@ -23,6 +23,7 @@ from bootstrap import compare
 
 from glattn.benchmark.contestant import split_options
 from glattn.files import replacing
+from glattn.training.data import EXTENSIONS, find_split
 
 FIELDS = (
     "model", "data", "lr", "seed", "chosen", "val_top1", "test_top1", "test_images", "parameters", "epochs", "seconds",
@@ -146,6 +147,8 @@ class Proxies:
 
     def chosen_data(self, seed: int) -> Path:
         """Return the folder of the images that a seed's run sees."""
+        if not has_test(self.source):
+            raise ValueError(f"{self.source} has no test/: val/ chooses rate and epoch, and cannot test them too")
         return self.source
 
     def start(self, model: str) -> list[str]:
@@ -210,23 +213,42 @@ class Proxies:
         }  # fmt: skip
 
 
+def has_test(source: Path) -> bool:
+    """Tell whether there are images that are for the test alone."""
+    return (source / "test").is_dir()
+
+
 def tested_split(source: Path) -> str:
-    """Return the name of the images that are tested on: test, or val of what has no test/."""
-    return "test" if (source / "test").is_dir() else "val"
+    """Return the name of the images that are tested on: test, or those to validate on where there is none.
+
+    Raises:
+        FileNotFoundError: There are neither.
+    """
+    held_out = source / "test" if has_test(source) else find_split(source, "val")
+    if held_out is None:
+        raise FileNotFoundError(f"{source}: no test/ and no val/ to test on")
+    return held_out.name
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Return the images in a folder and those below it, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
 
 
 def survey(source: Path) -> tuple[list[str], str]:
     """Return the tested images, sorted, and a digest of the names of all images.
 
     Raises:
-        FileNotFoundError: There are none.
+        FileNotFoundError: There are none, or none to test on.
     """
-    names = sorted(str(path.relative_to(source)) for path in source.rglob("*.png"))
+    names = [str(path.relative_to(source)) for path in images_in(source)]
     if not names:
         raise FileNotFoundError(f"{source}: no images; scripts/make_icons.py, make_emoji.py, make_paths.py draw them")
     split = f"{tested_split(source)}/"
     tested = [name.removeprefix(split) for name in names if name.startswith(split)]
-    return tested, hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+    if not tested:
+        raise FileNotFoundError(f"{source}: no images in {split} to test on")
+    return sorted(tested), hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
 
 
 def pack(right: dict[str, bool], images: list[str]) -> str:

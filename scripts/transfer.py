@@ -21,11 +21,12 @@ import make_weights
 import numpy as np
 import timm
 from matplotlib.figure import Figure
-from run_proxies import Proxies, Row, add_list_arguments, end_with_children, read_csv
+from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv
 
 import glattn  # noqa: F401
 from glattn.files import copy_file, new_folder, write_text
 from glattn.models.weights import save_weights
+from glattn.training.data import find_split
 from glattn.training.digits import write_digits
 from glattn.training.figures import save_figure
 
@@ -63,9 +64,11 @@ def find_task(name: str) -> Task:
     found = re.search(r"-([1-9]\d*)shot$", name)
     data, shots = (name[: found.start()], int(found[1])) if found else (name, 0)
     settings = ("epochs=30", "warmup_epochs=2") if shots else ("epochs=6", "warmup_epochs=1")
-    new = Task(f"data/{data}", shots, (0, 1, 2) if shots else (0, 1), (*settings, "partial_val=true"))
+    new = Task(f"data/{data}", shots, (0, 1, 2) if shots else (0, 1), settings)
     alike = (task for task in TASKS.values() if (task.data, task.shots > 0) == (new.data, shots > 0))
-    return replace(next(alike, new), shots=shots)
+    task = replace(next(alike, new), shots=shots)
+    # of classes of few images none may be left to validate on
+    return replace(task, settings=tuple(dict.fromkeys([*task.settings, "partial_val=true"])))
 
 
 class Transfer(Proxies):
@@ -97,9 +100,10 @@ class Transfer(Proxies):
 
     def chosen_data(self, seed: int) -> Path:
         """Return the folder of a seed's images, chosen if that is still to be done."""
-        if not self.task.shots:
+        if not self.task.shots and has_test(self.source):
             return self.source
-        chosen = self.runs / f"images-{self.task.shots}shot-seed{seed}"
+        number = f"{self.task.shots}shot" if self.task.shots else "all"
+        chosen = self.runs / f"images-{number}-seed{seed}"
         if not chosen.exists():
             choose(self.source, chosen, self.task.shots, seed)
         return chosen
@@ -151,22 +155,32 @@ def make_start(arm: str, records: Path) -> None:
 def choose(source: Path, target: Path, shots: int, seed: int) -> None:
     """Link a few images a class to train on, some to choose rate and epoch by, and all of the test's.
 
-    What has no test/ (the digits) is tested on val/, and validated on other images of train/.
+    What has no test/ (the digits) is tested on val/; it, and what has no val/, is validated on other images of train/:
+    with 0 shots, on a fifth of them.
+
+    Raises:
+        ValueError: No class has an image to validate on.
     """
     rng = np.random.default_rng([seed, shots])
-    tested = (source / "test").is_dir()
+    train, val = find_split(source, "train"), find_split(source, "val")
+    if train is None:
+        raise ValueError(f"{source}: no train/ to train on")
+    tests_in, val = (source / "test", val) if has_test(source) else (val, None)
     with new_folder(target) as root:
-        for folder in sorted((source / "train").iterdir()):
-            images = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        for folder in sorted(path for path in train.iterdir() if path.is_dir()):
+            images = images_in(folder)
             picked = [images[i] for i in rng.permutation(len(images))]
-            others = sorted((source / "val" / folder.name).glob("*.png")) if tested else picked[shots:]
+            count = shots or max(1, len(images) - max(1, len(images) // 5))
+            others = images_in(val / folder.name) if val else picked[count:]
             others = [others[i] for i in rng.permutation(len(others))]
-            tests = sorted((source / ("test" if tested else "val") / folder.name).glob("*.png"))
-            for split, paths in (("train", picked[:shots]), ("val", others[: max(shots, 20)]), ("test", tests)):
+            tests = images_in(tests_in / folder.name) if tests_in else []
+            for split, paths in (("train", picked[:count]), ("val", others[: max(count, 20)]), ("test", tests)):
                 if paths:
                     (root / split / folder.name).mkdir(parents=True)
                 for path in paths:
                     (root / split / folder.name / path.name).symlink_to(path.resolve())
+        if not (root / "val").is_dir():
+            raise ValueError(f"{source}: nothing to validate on: give fewer shots than {shots}, or a val/ beside test/")
 
 
 def draw(rows: list[Row], path: Path) -> None:

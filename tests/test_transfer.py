@@ -61,7 +61,7 @@ def test_a_task_is_named_by_its_images_and_shots():
     assert transfer.find_task("icons100-10shot") is transfer.TASKS["icons100-10shot"]
     other = transfer.find_task("digits-2shot")
     assert (other.data, other.shots) == ("data/digits", 2)
-    assert other.settings == transfer.TASKS["digits-5shot"].settings
+    assert other.settings == (*transfer.TASKS["digits-5shot"].settings, "partial_val=true")
     assert transfer.find_task("mine").data == "data/mine"
     few = transfer.find_task("my-drawings-3shot")
     assert (few.data, few.shots, "partial_val=true" in few.settings) == ("data/my-drawings", 3, True)
@@ -75,6 +75,35 @@ def test_what_has_no_test_of_its_own_is_tested_on_what_was_held_out(tmp_path):
     assert few["train"] | few["val"] == names(source / "train")
     assert not few["train"] & few["val"]
     assert len(few["train"]) == 4
+    transfer.choose(source, tmp_path / "all", 0, 0)
+    whole = {split: names(tmp_path / "all" / split) for split in ("train", "val", "test")}
+    assert whole["test"] == names(source / "val")
+    assert whole["train"] | whole["val"] == names(source / "train")
+    assert [len(whole[split]) for split in ("train", "val")] == [14, 2]
+
+
+def test_shots_are_never_validated_on(tmp_path):
+    source = drawings(tmp_path / "icons", "train", "test")
+    transfer.choose(source, tmp_path / "few", 6, 0)
+    assert [len(names(tmp_path / "few" / split)) for split in ("train", "val", "test")] == [12, 4, 16]
+    with pytest.raises(ValueError, match=r"fewer shots than 8, or a val/"):
+        transfer.choose(source, tmp_path / "none", 8, 0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_images_of_any_kind_and_splits_of_any_name_are_taken(tmp_path):
+    source = drawings(tmp_path / "photos", "training", "validation")
+    for path in sorted(source.rglob("*.png")):
+        path.rename(path.with_suffix(".JPG"))
+    (source / "training" / "a" / "notes.txt").write_text("no image")
+    assert run_proxies.tested_split(source) == "validation"
+    tested = run_proxies.survey(source)[0]
+    assert (len(tested), tested[0]) == (16, "a/validationa0.JPG")
+    transfer.choose(source, tmp_path / "few", 3, 0)
+    assert len(list((tmp_path / "few" / "train").rglob("*.JPG"))) == 6
+    assert len(list((tmp_path / "few" / "test").rglob("*.JPG"))) == 16
+    with pytest.raises(FileNotFoundError, match=r"no test/ and no val/"):
+        run_proxies.survey(drawings(tmp_path / "alone", "train"))
 
 
 def pretrained(run: Path) -> torch.nn.Module:
