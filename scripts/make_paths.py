@@ -1,9 +1,10 @@
 """Make Paths: are the two marked ends joined by one curve, among curves that lead elsewhere?
 
-Every image has four curves of one length that never touch, and two marks: where the answer is yes, on the ends of one
-curve; where it is no, on ends of two. Lengths differ from image to image, for the short ones are learnt first. Only
-curves are taken of which both could be marked: two ends of one and two of others, as far apart along both axes and as
-far from the border. So neither ink nor loose ends tell the answer, and the marks alone hardly.
+Curves come in pairs that are joined crosswise, one way or the other, in a square of 3 x 3 cells: four arms leave its
+corners, and it joins them upright, ``||``, or across, ``=``. The marks are on the ends of two arms of one pair, of
+neighbouring corners, and the answer alone says how the square joins them. So nothing but the square tells joined from
+apart, neither marks nor ink nor which way a curve leaves a mark, and the square tells it only to who has followed the
+arms to the marks. Other pairs distract. Lengths differ from image to image, for the short ones are learnt first.
 
 Train on whole images, for a crop may lose a mark:
     run_proxies.py --data data/paths64 --models MODELS -- crop_scale=1 crop_ratio=1 hflip=0.5 vflip=0.5
@@ -20,102 +21,90 @@ from tqdm import tqdm
 from glattn.files import new_folder
 
 SPLITS = {"train": 40000, "val": 1000, "test": 2000}
-CURVES = 4  # in an image: the pair that may be marked, and distractors
-LENGTHS = 0.25, 0.75  # of the curves of an image, in sides of the grid: shortest, longest
+PAIRS = 2  # of curves in an image: the one that is marked, and a distractor
+ARMS = 0.125, 0.375  # length of the arms of an image, in sides of the grid: shortest, longest
 SCALE = 4  # drawn so many times as large
-FAR = 3  # cells from the border: what is nearer has less room
-Curve = list[tuple[int, int]]
-Ends = tuple[tuple[int, int], tuple[int, int]]
+MOVES = (-1, 0), (1, 0), (0, -1), (0, 1)
+CORNERS = (0, 0), (0, 2), (2, 2), (2, 0)  # of the square, each beside the next
+Cells = list[tuple[int, int]]
 
 
-def walk(rng: np.random.Generator, free: np.ndarray, steps: int) -> Curve | None:
+def beside(free: np.ndarray, cells: Cells) -> np.ndarray:
+    """Return which cells are still free where these are taken, and those around them."""
+    left = free.copy()
+    for y, x in cells:
+        left[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] = False
+    return left
+
+
+def walk(rng: np.random.Generator, free: np.ndarray, begun: Cells, steps: int) -> Cells | None:
     """Return cells of a random walk that keeps clear of what is taken and of itself; None if it gets stuck.
 
     Args:
-        free: ``(side, side)``, cells that no other curve is on or beside.
+        free: ``(side, side)``, cells that nothing else is on or beside.
+        begun: Its first cells, two or more, wherever they are.
         steps: Length of the walk, cells.
     """
-    side = len(free)
-    mine = np.zeros((side + 2, side + 2), bool)  # with a border
-    y, x = rng.integers(0, side, 2)
-    if not free[y, x]:
-        return None
-    cells = [(int(y), int(x))]
-    mine[y + 1, x + 1] = True
-    moves = [(-1, 0), (1, 0), (0, -1), (0, 1)]
-    heading = moves[rng.integers(4)]
+    side, cells = len(free), list(begun)
     while len(cells) < steps:
-        y, x = cells[-1]
-        for move in sorted(moves, key=lambda m: rng.random() - (1.0 if m == heading else 0.0) * 0.5):
-            a, b = y + move[0], x + move[1]
-            if not (0 <= a < side and 0 <= b < side and free[a, b] and not mine[a + 1, b + 1]):
+        (y, x), (b, a) = cells[-1], cells[-2]
+        heading = y - b, x - a
+        for move in sorted(MOVES, key=lambda m: rng.random() - (0.5 if m == heading else 0.0)):
+            at = y + move[0], x + move[1]
+            if not (min(at) >= 0 and max(at) < side and free[at]):
                 continue
-            around = mine[a : a + 3, b : b + 3].copy()
-            around[1 - move[0], 1 - move[1]] = False  # the cell that it comes from
-            back = cells[-2] if len(cells) > 1 else None
-            if back is not None and abs(back[0] - a) <= 1 and abs(back[1] - b) <= 1:
-                around[back[0] - a + 1, back[1] - b + 1] = False  # a corner touches the cell before
-            if not around.any():
-                cells.append((a, b))
-                mine[a + 1, b + 1] = True
-                heading = move
+            # the cell that it comes from, and at a corner the one before, may be near
+            if all(max(abs(at[0] - v), abs(at[1] - u)) > 1 for v, u in cells[:-2]) and at != cells[-2]:
+                cells.append(at)
                 break
         else:
             return None
     return cells
 
 
-def curves(rng: np.random.Generator, side: int, steps: int) -> list[Curve]:
-    """Return curves of one length that keep a cell's distance from each other."""
+def arms(rng: np.random.Generator, free: np.ndarray, steps: int) -> list[Cells] | None:
+    """Return the arms that leave the corners of a square, corners first; None if they do not find room."""
+    side = len(free)
+    top, left = (int(place) for place in rng.integers(0, side - 2, 2))
+    square = [(top + y, left + x) for y in range(3) for x in range(3)]
+    if not all(free[cell] for cell in square):
+        return None
+    begun = []
+    for y, x in CORNERS:
+        away = ((y - 1, 0), (0, x - 1))[rng.integers(2)]
+        begun.append([(top + y + n * away[0], left + x + n * away[1]) for n in range(3)])
+    if not all(min(cell) >= 0 and max(cell) < side and free[cell] for three in begun for cell in three):
+        return None
+    grown = list(begun)
+    for number, three in enumerate(begun):
+        others = [cell for other, cells in enumerate(grown) if other != number for cell in cells]
+        arm = walk(rng, beside(free, square + others), three, steps + 1)
+        if arm is None:
+            return None
+        grown[number] = arm
+    return grown
+
+
+def pairs(rng: np.random.Generator, side: int) -> list[list[Cells]]:
+    """Return the arms of each pair of curves; all are of one length and keep a cell's distance from each other's."""
+    steps = int(rng.integers(round(ARMS[0] * side), round(ARMS[1] * side), endpoint=True))
     while True:
         free, found = np.ones((side, side), bool), []
         for _ in range(400):
-            cells = walk(rng, free, steps)
-            if cells is None:
+            pair = arms(rng, free, steps)
+            if pair is None:
                 continue
-            found.append(cells)
-            for y, x in cells:
-                free[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] = False
-            if len(found) == CURVES:
+            found.append(pair)
+            # the middles of the square's sides are taken as well: its curves may be joined either way
+            free = beside(free, [cell for arm in pair for cell in arm])
+            if len(found) == PAIRS:
                 return found
-
-
-def apart(ends: Ends) -> tuple[int, ...]:
-    """Return how far two cells are apart along both axes, the shorter way first."""
-    (y, x), (b, a) = ends
-    return tuple(sorted((abs(y - b), abs(x - a))))
-
-
-def from_border(ends: Ends, side: int) -> tuple[int, ...]:
-    """Return how far two cells are from the border, the nearer first; from `FAR` on it is all one."""
-    return tuple(sorted(min(FAR, y, x, side - 1 - y, side - 1 - x) for y, x in ends))
-
-
-def markable(rng: np.random.Generator, side: int) -> tuple[list[Curve], Ends, Ends]:
-    """Return curves, the ends of one of them, and ends of two that are placed alike.
-
-    A walk's last cell may look otherwise than its first, being where it had to go: of two curves, too, one of each.
-    """
-    steps = int(rng.integers(round(LENGTHS[0] * side), round(LENGTHS[1] * side), endpoint=True))
-    while True:
-        drawn = curves(rng, side, steps)
-        of_one = [(curve[0], curve[-1]) for curve in drawn]
-        of_two = [(one[0], two[-1]) for one in drawn for two in drawn if one is not two]
-        alike = [
-            (ends, others)
-            for ends in of_one
-            for others in of_two
-            if apart(ends) == apart(others) and from_border(ends, side) == from_border(others, side)
-        ]
-        if alike:
-            return drawn, *alike[rng.integers(len(alike))]
 
 
 def image(rng: np.random.Generator, joined: bool, pixels: int) -> Image.Image:
     """Return one image: grey curves on white, a black disc at each marked end."""
     side = pixels // 4  # a curve is a pixel wide, and three from the next
-    drawn, of_one, of_two = markable(rng, side)
-    ends = of_one if joined else of_two
+    drawn = pairs(rng, side)
     size = pixels * SCALE
     cell = size / side
     canvas = Image.new("L", (size, size), 255)
@@ -124,10 +113,16 @@ def image(rng: np.random.Generator, joined: bool, pixels: int) -> Image.Image:
     def place(at: tuple[int, int]) -> tuple[float, float]:
         return (at[1] + 0.5) * cell, (at[0] + 0.5) * cell
 
-    for cells in drawn:
-        pen.line([place(at) for at in cells], fill=110, width=round(0.3 * cell), joint="curve")
-    for at in ends:
-        x, y = place(at)
+    first = int(rng.integers(4))  # marked arms: this and the next
+    for number, pair in enumerate(drawn):
+        with_next = first if joined else first + 1  # an arm that its square joins with the next
+        if number:
+            with_next = int(rng.integers(2))
+        for one in (with_next, with_next + 2):
+            cells = [*reversed(pair[one % 4]), *pair[(one + 1) % 4]]
+            pen.line([place(at) for at in cells], fill=110, width=round(0.3 * cell), joint="curve")
+    for arm in (drawn[0][first], drawn[0][(first + 1) % 4]):
+        x, y = place(arm[-1])
         pen.ellipse((x - 0.42 * cell, y - 0.42 * cell, x + 0.42 * cell, y + 0.42 * cell), fill=0)
     return canvas.resize((pixels, pixels), Image.Resampling.BOX)
 
@@ -141,7 +136,7 @@ def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> No
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it, or give another --out")
     if pixels < 48:
-        raise ValueError(f"{pixels} pixels are too few for {CURVES} curves: give 48 or more")
+        raise ValueError(f"{pixels} pixels are too few for {2 * PAIRS} curves: give 48 or more")
     with new_folder(folder) as root:
         for number, (split, count) in enumerate(counts.items()):
             for label in ("apart", "joined"):
@@ -149,7 +144,7 @@ def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> No
             for index in tqdm(range(count), desc=f"drawing {split}", leave=False, disable=None):
                 rng = np.random.default_rng([seed, number, index])  # each image by itself: any count, the same images
                 label = "joined" if index % 2 else "apart"
-                image(rng, label == "joined", pixels).save(root / split / label / f"{seed}-{index:06d}.png")
+                image(rng, label == "joined", pixels).save(root / split / label / f"s{seed}-{index:06d}.png")
 
 
 def main() -> int:

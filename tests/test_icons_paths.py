@@ -1,4 +1,4 @@
-"""Paths: labels against a flood fill, balance, no shortcut by marks or ink, and the same images from the same seed."""
+"""Paths: labels against a flood fill, balance, no shortcut past the curves, and the same images from the same seed."""
 
 import sys
 from pathlib import Path
@@ -43,49 +43,36 @@ def test_labels_are_what_a_flood_fill_says(pixels):
         joined = bool(index % 2)
         values = np.asarray(make_paths.image(np.random.default_rng(index), joined, pixels))
         count, part = components(values < 245)
-        assert count == make_paths.CURVES, "curves touch, or one is broken"
+        assert count == 2 * make_paths.PAIRS, "curves touch, or one is broken"
         first, second = (part[tuple(np.rint(at).astype(int))] for at in marks(values))
         assert first
         assert second
         assert (first == second) == joined
 
 
-@pytest.mark.parametrize("side", [16, 32])
-def test_both_answers_have_marks_placed_alike(side):
-    for seed in range(20):
-        drawn, (first, last), (one, two) = make_paths.markable(np.random.default_rng(seed), side)
-        curve_of = {cell: number for number, cells in enumerate(drawn) for cell in (cells[0], cells[-1])}
-        assert curve_of[first] == curve_of[last]
-        assert curve_of[one] != curve_of[two]
-        moved = [np.abs(np.subtract(*ends)) for ends in ((first, last), (one, two))]
-        assert set(moved[0]) == set(moved[1])
-        near = [sorted(min(3, *cell, *(side - 1 - np.array(cell))) for cell in e) for e in ((first, last), (one, two))]
-        assert near[0] == near[1]
+@pytest.mark.parametrize("pixels", [64, 128])
+def test_the_answer_changes_how_one_square_joins_its_arms_and_nothing_else(pixels):
+    """So no fact about marks, ink or the ways that curves leave the marks can tell it."""
+    for seed in range(40):
+        joined, apart = (
+            np.asarray(make_paths.image(np.random.default_rng(seed), answer, pixels), float) for answer in (True, False)
+        )
+        changed = np.argwhere(joined != apart)
+        assert (np.ptp(changed, axis=0) < 3 * 4).all()  # three cells of four pixels
+        assert np.abs((joined - apart).sum()) < 0.02 * (255 - joined).sum()
+        middle = changed.mean(0)
+        assert all(np.abs(mark - middle).max() >= 2 * 4 for mark in marks(joined))
 
 
-def test_neither_ink_nor_the_marks_tell_the_answer():
-    facts = {True: [], False: []}
-    for index in range(300):
-        joined = bool(index % 2)
-        values = np.asarray(make_paths.image(np.random.default_rng(1000 + index), joined, 64))
-        moved = np.subtract(*marks(values))
-        odd = np.abs(moved / 4).round().sum() % 2  # cells of four pixels
-        facts[joined].append((np.linalg.norm(moved), odd, (255 - values).mean()))
-    for yes, no in zip(np.transpose(facts[True]), np.transpose(facts[False]), strict=True):
-        # the best threshold on the fact alone, in either direction
-        both, truth = np.concatenate([yes, no]), np.repeat([True, False], 150)
-        best = max(((both > t) == truth).mean() for t in both)
-        assert max(best, 1 - min(((both > t) == truth).mean() for t in both)) < 0.62
-
-
-def test_a_model_of_the_marks_places_alone_learns_nothing():
-    ends = [make_paths.markable(np.random.default_rng([7, index]), 16)[1 + index % 2] for index in range(2000)]
-    (y, x), (b, a) = np.transpose([sorted(pair) for pair in ends], (1, 2, 0))
-    facts = np.stack([y, x, b, a, abs(y - b), abs(x - a)], axis=1)
-    answers = np.arange(2000) % 2
-    forest = pytest.importorskip("sklearn.ensemble").RandomForestClassifier
-    trees = forest(min_samples_leaf=8, random_state=0).fit(facts[:1500], answers[:1500])
-    assert trees.score(facts[1500:], answers[1500:]) < 0.58
+def test_either_way_of_joining_has_either_answer():
+    """Whether the marked square joins upright or across, told by its twin, says nothing."""
+    upright = {True: 0, False: 0}
+    for seed in range(400):
+        images = {answer: np.asarray(make_paths.image(np.random.default_rng(seed), answer, 64)) for answer in upright}
+        inked = images[True] < images[False]  # what the joined one has and its twin has not
+        rows, columns = np.ptp(np.argwhere(inked), axis=0)
+        upright[bool(rows > columns)] += 1
+    assert 150 < upright[True] < 250, upright
 
 
 def test_folders_are_balanced_whole_and_the_same_from_the_same_seed(tmp_path):
