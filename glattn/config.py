@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
@@ -103,13 +104,11 @@ class MixerConfig:
             "head_dim", "pool_stride", "window_size", "window_ratio", "window_tokens", "random_features",
             "linformer_rank", "lsh_bucket_size", "lsh_rounds",
         )  # fmt: skip
-        for name in positive:
-            _check_integer(name, getattr(self, name), least=1)
-        _check_integer("halo", self.halo, least=0)
-        if self.num_heads is not None:
-            _check_integer("num_heads", self.num_heads, least=1)
+        least = {**dict.fromkeys(positive, 1), "halo": 0} | ({} if self.num_heads is None else {"num_heads": 1})
+        for name, smallest in least.items():
+            object.__setattr__(self, name, as_integer(name, getattr(self, name), smallest))
         for name in ("attn_drop", "proj_drop"):
-            check_rate(name, getattr(self, name))
+            object.__setattr__(self, name, as_rate(name, getattr(self, name)))
         for name in ("split_ratio", "augment_ratio"):
             _check_share(name, getattr(self, name))
         _check_kinds(self)
@@ -206,10 +205,18 @@ def check_choice(name: str, value: object, allowed: Iterable[str], more: str = "
     raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}{f' {more}' if more else ''}{hint}")
 
 
-def check_rate(name: str, value: object) -> None:
-    """Raise a ``ValueError`` unless ``value`` is a probability below one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+def as_rate(name: str, value: Any) -> float:
+    """Return a probability below one, NumPy's too, as Python's; raise a ``ValueError`` if it is none."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
         raise ValueError(f"{name}={value!r}; give a rate from 0 up to, not including, 1")
+    return float(value)
+
+
+def as_integer(name: str, value: Any, least: int) -> int:
+    """Return an integer of ``least`` or more, NumPy's too, as Python's; raise a ``ValueError`` if it is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r}; give an integer of {least} or more")
+    return int(value)
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
@@ -233,22 +240,16 @@ def per_stage(name: str, value: Any, *, nested: bool = False) -> tuple[Any, ...]
     return tuple(value)
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}; give an integer of {least} or more")
-
-
 def _check_share(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r}; give a share from 0 to 1")
 
 
-def _integers(name: str, value: object) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = (value,)
-    if not isinstance(value, list | tuple) or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
+def _integers(name: str, value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(v, bool) or not isinstance(v, Integral) for v in values):
         raise ValueError(f"{name}={value!r}; give integers, such as (1, 3, 5)")
-    return tuple(value)
+    return tuple(int(v) for v in values)
 
 
 def _plain(value: Any) -> Any:

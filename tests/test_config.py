@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import timm
 
@@ -77,6 +78,8 @@ def test_unknown_options_raise_type_error(options, words):
         ({"output_stride": 12}, ["output_stride=12", "8, 16, 32"]),
         ({"global_pool": "mean"}, ["global_pool='mean'", "avg"]),
         ({"img_size": (224, 0)}, ["img_size=(224, 0)"]),
+        ({"img_size": 64.0}, ["img_size=64.0"]),
+        ({"num_classes": True}, ["num_classes=True"]),
         ({"in_chans": 0}, ["in_chans=0"]),
         ({"num_classes": -1}, ["num_classes=-1"]),
         ({"drop_path_rate": 1.0}, ["drop_path_rate=1.0"]),
@@ -88,6 +91,19 @@ def test_impossible_options_say_what_is_allowed(options, words):
         timm.create_model("test_glattn", **options)
     assert [word for word in words if word not in str(caught.value)] == []
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {
+        "num_classes": np.int64(3),
+        "img_size": np.int64(96),
+        "drop_rate": np.float32(0.5),
+        "in_chans": np.uint8(1),
+    }
+    model = timm.create_model("test_glattn", head_dim=np.int32(8), depths=(np.int64(1),) * 4, **given)
+    model.set_input_size(np.int64(96))
+    assert model.head.fc.out_features == 3
+    json.dumps([model.config.to_dict(), model.num_classes, model.drop_rate])
 
 
 def test_layer_scale_may_be_left_out():

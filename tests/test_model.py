@@ -204,6 +204,26 @@ def test_scripted_and_traced_give_the_same_numbers(name):
                 assert relative(graph(image), net(image)) < 1e-5
 
 
+TRACED = {
+    "grid": {"layout": "grid", "window_size": 4},
+    "window": {"layout": "window", "window_size": 4, "position": "bias"},
+    "bias": {"layout": "full", "position": "bias"},
+    "table": {"abs_pos": "stem"},
+    "linformer": {"layout": "full", "mechanism": "linformer"},
+    "augmented": {"local": "augmented"},
+}
+
+
+@pytest.mark.parametrize("kind", TRACED)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
+def test_a_trace_holds_at_other_sizes(kind):
+    model = randomize(timm.create_model("test_glattn", num_classes=3, img_size=64, **TRACED[kind]))
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(2, 3, 64, 64))
+        for x in (torch.randn(2, 3, 64, 64), torch.randn(1, 3, 96, 96), torch.randn(3, 3, 75, 61)):
+            assert relative(traced(x), model(x)) < 1e-5
+
+
 @pytest.mark.export
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fold", [False, True])
@@ -314,16 +334,23 @@ def test_a_size_can_be_set_and_left():
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in before.items()}
 
 
-def test_grad_checkpointing_gives_the_same_gradients(small):
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_grad_checkpointing_gives_the_same_gradients_and_statistics(small, momentum):
     small.train()
+    for module in small.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = momentum
     other = copy.deepcopy(small)
     other.set_grad_checkpointing()
-    x = torch.randn(2, 3, 64, 64)
-    for model in (small, other):
-        torch.manual_seed(1)
-        model(x).square().mean().backward()
+    for _ in range(2):
+        x = torch.randn(2, 3, 64, 64)
+        for model in (small, other):
+            torch.manual_seed(1)
+            model(x).square().mean().backward()
     for (name, a), b in zip(small.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, msg=name)
+    for (name, a), b in zip(small.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(b, a, msg=name)
 
 
 @pytest.mark.parametrize("part", [ImprovedLocalAttention, MultiHeadGlobalAttention, GlobalLocalAttention])

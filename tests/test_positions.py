@@ -368,3 +368,13 @@ def test_a_checkpoint_at_224_loads_at_384(tmp_path):
 def test_a_checkpoint_loads_at_another_size(position, tmp_path):
     resized = loaded_at({"position": position, "abs_pos": "stages"}, (96, 64), (101, 160), tmp_path)
     assert len([key for key in resized if "pos_embed" in key]) == 4
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says where its quantisation moves to
+def test_a_quantised_model_finds_its_offsets():
+    model = randomize(timm.create_model("test_glattn", num_classes=3, layout="full", position="cpb"))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        found = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)(x)
+    assert (found - expected).norm() < 0.1 * expected.norm()

@@ -67,6 +67,8 @@ def test_they_load_without_a_connection(create, name, image):
 @pytest.mark.usefixtures("_closed")
 def test_every_habit_works_from_them(image):
     whole = timm.create_model("glattn_atto", pretrained=True).eval()
+    with pytest.raises(ValueError, match="classifier reads 448 channels: take its global_pool"):
+        timm.create_model("glattn_atto", pretrained=True, global_pool="catavgmax")
     fewer = timm.create_model("glattn_atto", pretrained=True, num_classes=7, in_chans=1, img_size=96).eval()
     features = timm.create_model("glattn_atto", pretrained=True, features_only=True).eval()
     with torch.inference_mode():

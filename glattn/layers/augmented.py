@@ -24,7 +24,7 @@ torch.fx.wrap("upsample")  # torch.fx looks for wrapped functions by the file th
 def offset_embedding(table: Tensor, length: int) -> Tensor:
     """Return ``out[query, key] = table[key - query]``, ``(length, length, D)``, from a ``(2 R - 1, D)`` table."""
     rows = 2 * at_least_two(length) - 1
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         same = table.shape[0] == rows
     else:
         same = False

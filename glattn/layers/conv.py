@@ -1,6 +1,8 @@
 """Convolutions whose BatchNorm folds away: the only normalisation of the family (folding: RepVGG, arXiv:2101.03697)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,19 +32,42 @@ def batch_norm(
     return F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
 
 
+_recomputing = ContextVar("recomputing", default=False)
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Let every `BatchNorm2d` leave its running statistics as they are: what is computed again was counted before."""
+    before = _recomputing.set(True)
+    try:
+        yield
+    finally:
+        _recomputing.reset(before)
+
+
+@torch.jit.ignore
+def counts() -> bool:
+    """Tell whether a batch is one that running statistics have not seen."""
+    return torch.compiler.is_compiling() or not _recomputing.get()
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """torch's BatchNorm2d that also trains at batch 1 on a 1x1 map, where a channel has no variance.
 
-    There, and only there, it normalises by its running statistics and leaves them as they are.
+    There, and only there, it normalises by its running statistics and leaves them as they are. Under gradient
+    checkpointing a batch counts once.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Return the normalised ``(B, C, H, W)`` map."""
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # a plain average
-                momentum = 1.0 / float(self.num_batches_tracked)
+            if torch.jit.is_scripting() or counts():
+                self.num_batches_tracked.add_(1)
+                if self.momentum is None:  # a plain average
+                    momentum = 1.0 / float(self.num_batches_tracked)
+            else:
+                momentum = 0.0
         return batch_norm(
             input, self.weight, self.bias, self.running_mean, self.running_var, self.training, momentum, self.eps
         )

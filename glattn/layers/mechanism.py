@@ -191,7 +191,7 @@ class Performer(nn.Module):
 @torch.fx.wrap
 def resize_projection(projection: Tensor, tokens: int) -> Tensor:
     """Return a ``(rank, tokens)`` projection resized along its tokens, keeping what it makes of a constant."""
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         if projection.shape[1] == tokens:
             return projection
     wide = projection.to(precise(projection)).unsqueeze(0)

@@ -56,7 +56,7 @@ def resize_table(table: Tensor, height: int, width: int) -> Tensor:
     A reach is at least 2: a single row would be resized from the table's edge.
     """
     rows, columns = 2 * at_least_two(height) - 1, 2 * at_least_two(width) - 1
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         if table.shape[1] == rows and table.shape[2] == columns:
             return table
     wide = table.to(precise(table)).unsqueeze(0)
@@ -115,16 +115,16 @@ class RelativeBias(NoPosition):
 
 
 @torch.fx.wrap
-def log_offsets(like: Tensor, height: int, width: int, largest: Tensor) -> Tensor:
+def log_offsets(height: int, width: int, largest: Tensor) -> Tensor:
     """Return the offsets within a reach of ``height x width`` cells, ``(2 height - 1, 2 width - 1, 2)``.
 
     Log-spaced as in Swin v2: ``sign(d) log2(1 + 8 |d| / largest) / 3``, ``largest`` being ``(2,)`` for y and x.
     """
-    rows = torch.arange(2 * height - 1, device=like.device) - (height - 1)
-    columns = torch.arange(2 * width - 1, device=like.device) - (width - 1)
-    rows = rows.to(like.dtype).unsqueeze(1).expand(-1, columns.shape[0])
-    columns = columns.to(like.dtype).expand(rows.shape[0], -1)
-    steps = torch.stack([rows, columns], dim=-1) * 8.0 / largest.to(like.dtype)
+    rows = torch.arange(2 * height - 1, device=largest.device) - (height - 1)
+    columns = torch.arange(2 * width - 1, device=largest.device) - (width - 1)
+    rows = rows.to(largest.dtype).unsqueeze(1).expand(-1, columns.shape[0])
+    columns = columns.to(largest.dtype).expand(rows.shape[0], -1)
+    steps = torch.stack([rows, columns], dim=-1) * 8.0 / largest
     return torch.sign(steps) * torch.log2(1.0 + steps.abs()) / 3.0
 
 
@@ -156,7 +156,7 @@ class ContinuousBias(NoPosition):
 
     def bias(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor | None:
         """Return what is added to the scores, ``(heads, queries, keys)``."""
-        places = log_offsets(self.mlp[0].weight, reach[0], reach[1], self.largest)
+        places = log_offsets(reach[0], reach[1], self.largest)
         table = 16.0 * torch.sigmoid(self.mlp(places)).permute(2, 0, 1)
         return pairs(table, span).to(like.dtype)
 
@@ -310,7 +310,7 @@ class AbsolutePosition(nn.Module):
 @torch.fx.wrap
 def resize_map(table: Tensor, height: int, width: int) -> Tensor:
     """Return a ``(1, C, h, w)`` table resized to ``height x width`` cells, bicubically; itself where it fits."""
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         if table.shape[2] == height and table.shape[3] == width:
             return table
     wide = F.interpolate(table.to(precise(table)), size=(height, width), mode="bicubic", align_corners=False)

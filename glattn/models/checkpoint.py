@@ -135,6 +135,8 @@ def _remedy(key: str, tensors: Mapping[str, Tensor], model: nn.Module) -> str:
     if name in _names(cfg.get("classifier")):
         if value is None:
             return "it has no classifier: add num_classes=0 to pretrained_cfg_overlay to start a new one"
+        if value.shape[0] == getattr(model, "num_classes", 0):
+            return f"its classifier reads {value.shape[1]} channels: take its global_pool, or another num_classes"
         return f"create the model with num_classes={value.shape[0]}"
     first = name in _names(cfg.get("first_conv")) and value is not None and value.ndim == 4
     if first and value is not None and value.shape[1] != getattr(model, "in_chans", 0):

@@ -1,7 +1,8 @@
 """GLAttn, the hierarchical global-local backbone, as timm knows models: its contract, default cfgs, entry points."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from glattn.config import GLAttnConfig, check_choice, check_rate
+from glattn.config import GLAttnConfig, as_integer, as_rate, check_choice
 from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.stages import Stage, Stem, ceil_size
 from glattn.models.variants import VARIANTS
@@ -67,11 +68,8 @@ class GLAttn(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride={output_stride!r} is not one of 8, 16, 32")
         check_choice("global_pool", global_pool, POOLS)
-        check_rate("drop_rate", drop_rate)
-        check_rate("drop_path_rate", drop_path_rate)
-        for name, value, least in (("in_chans", in_chans, 1), ("num_classes", num_classes, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}; give an integer of {least} or more")
+        drop_rate, drop_path_rate = as_rate("drop_rate", drop_rate), as_rate("drop_path_rate", drop_path_rate)
+        in_chans, num_classes = as_integer("in_chans", in_chans, 1), as_integer("num_classes", num_classes, 0)
         if stem_features and config.stem_stride != 4:
             raise ValueError(
                 f"stem_features=True with stem_stride={config.stem_stride}: the first stage is at stride 2 itself;"
@@ -269,10 +267,10 @@ def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: It is neither a positive integer nor two of them.
     """
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
+    sides: tuple[Any, ...] = tuple(img_size) if isinstance(img_size, Iterable) else (img_size, img_size)
+    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, Integral) or s < 1 for s in sides):
         raise ValueError(f"img_size={img_size!r}; give one side, or (height, width), in whole pixels")
-    return sides
+    return int(sides[0]), int(sides[1])
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

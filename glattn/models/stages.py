@@ -1,15 +1,16 @@
 """Stem and stages of the backbone: what `GLAttn` strings together, each owning all that happens to its map."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from glattn.config import GLAttnConfig
 from glattn.layers.block import GlobalLocalAttention, GlobalLocalBlock, Mlp
-from glattn.layers.conv import ConvNorm, activate_in_place, activation
+from glattn.layers.conv import ConvNorm, activate_in_place, activation, recomputing
 from glattn.layers.position import AbsolutePosition
 
 
@@ -17,6 +18,11 @@ def ceil_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
     """Return the size of a map behind convolutions of this stride in all: each halves, rounding up."""
     height, width = (-(-side // stride) for side in size)
     return height, width
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return what a block is computed in, and what it is computed again in."""
+    return nullcontext(), recomputing()
 
 
 class Stem(nn.Sequential):
@@ -121,5 +127,9 @@ class Stage(nn.Module):
         """Return the stage's map."""
         x = self.pos_embed(self.downsample(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
+            # the compiler itself recomputes no statistics
+            contexts = noop_context_fn if torch.compiler.is_compiling() else _contexts
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            return x
         return self.blocks(x)
