@@ -96,12 +96,10 @@ def test_impossible_options_say_what_is_allowed(options, words):
 def test_numbers_of_numpy_are_numbers():
     given = {
         "num_classes": np.int64(3),
-        "img_size": np.int64(96),
         "drop_rate": np.float32(0.5),
         "in_chans": np.uint8(1),
     }
     model = timm.create_model("test_glattn", head_dim=np.int32(8), depths=(np.int64(1),) * 4, **given)
-    model.set_input_size(np.int64(96))
     assert model.head.fc.out_features == 3
     json.dumps([model.config.to_dict(), model.num_classes, model.drop_rate])
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -267,10 +266,10 @@ def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: It is neither a positive integer nor two of them.
     """
-    sides: tuple[Any, ...] = tuple(img_size) if isinstance(img_size, Iterable) else (img_size, img_size)
-    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, Integral) or s < 1 for s in sides):
+    sides: tuple[int, ...] = tuple(img_size) if isinstance(img_size, Iterable) else (img_size, img_size)
+    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
         raise ValueError(f"img_size={img_size!r}; give one side, or (height, width), in whole pixels")
-    return int(sides[0]), int(sides[1])
+    return sides
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
