@@ -254,11 +254,20 @@ def deployment() -> str:
 
 
 def runs_by_model(folder: str) -> dict[str, list[dict[str, str]]]:
-    """Return run_proxies.py's runs of each model but those at a rate that was not chosen."""
+    """Return run_proxies.py's runs of each model but those at a rate that was not chosen.
+
+    Raises:
+        ValueError: A model has runs of two recipes, which no table tells apart.
+    """
     found: dict[str, list[dict[str, str]]] = {}
     for row in read(f"{folder}/runs.csv"):
         if row["chosen"] != "no":  # empty: not all runs of the model are done
             found.setdefault(row["model"], []).append(row)
+    for model, runs in found.items():
+        if len({row["settings"] for row in runs}) > 1:
+            raise ValueError(
+                f"{folder}/runs.csv has runs of {model} by two recipes; move one of them to another folder"
+            )
     return found
 
 

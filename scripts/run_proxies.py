@@ -31,6 +31,7 @@ FIELDS = (
 )  # fmt: skip
 # how a process ends that torch ends: FastViT's does when torch 2.14 trains it in channels_last on a CPU
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL, -signal.SIGBUS)
+ARGUMENTS = ("data", "model", "lr", "seed", "resume", "run")  # of a training, that a list sets
 Row = dict[str, str]
 
 
@@ -52,6 +53,11 @@ def read_csv(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def key(row: Row) -> tuple[str, ...]:
+    """Return what tells one run from the others of its data set."""
+    return row["model"], row["settings"], row["lr"], row["seed"]
+
+
 class Proxies:
     """The runs of one data set.
 
@@ -61,8 +67,12 @@ class Proxies:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        for setting in args.settings:
+            if (name := setting.partition("=")[0]) in ARGUMENTS:
+                raise ValueError(f"{setting}: the list itself gives each run its {name}; leave it out")
         self.images, self.digest = survey(self.source)
-        self.out, self.runs = args.out / args.data.name, args.runs / f"{args.data.name}-{self.digest}"
+        self.data = args.data.resolve().name
+        self.out, self.runs = args.out / self.data, args.runs / f"{self.data}-{self.digest}"
         self.runs.mkdir(parents=True, exist_ok=True)
         self.path = self.out / "runs.csv"
         self.rows = read_csv(self.path)
@@ -99,8 +109,15 @@ class Proxies:
             if row is None:
                 return False
             row["chosen"] = "yes"
-        write_csv(self.path, FIELDS, self.rows)
+        self.write()
         return True
+
+    def write(self) -> None:
+        """Write all rows, with those that another list has written meanwhile."""
+        mine = {key(row): row for row in self.rows}
+        others = [row for row in read_csv(self.path) if key(row) not in mine]
+        self.rows += others
+        write_csv(self.path, FIELDS, self.rows)
 
     @property
     def settings(self) -> str:
@@ -130,12 +147,12 @@ class Proxies:
             if status:
                 raise TrainingError(f"training failed: see {log.name}")
         seconds = time.monotonic() - begun
-        row = {"model": model, "data": self.args.data.name, "lr": f"{lr:g}", "seed": str(seed), "chosen": ""}
+        row = {"model": model, "data": self.data, "lr": repr(lr), "seed": str(seed), "chosen": ""}
         row |= {"settings": self.settings, "seconds": f"{seconds:.0f}", "digest": self.digest}
         found, right = finished(folder, data)
         row |= found | {"answers": pack(right, self.images)}
         self.rows.append(row)
-        write_csv(self.path, FIELDS, self.rows)
+        self.write()
         print(f"  val {row['val_top1']} test {row['test_top1']} in {seconds / 60:.1f} min", flush=True)
         return row
 
@@ -158,7 +175,8 @@ class Proxies:
 
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""
-        parts = [*re.findall(r"[\w.]+", model), f"{lr:g}", f"seed{seed}", *self.args.settings]
+        recipe = [self.args.config.stem, *self.args.settings]
+        parts = [*re.findall(r"[\w.]+", model), repr(lr), f"seed{seed}", *recipe]
         return self.runs / "-".join(parts).replace("/", "_")
 
     def rows_of(self, model: str) -> list[Row]:

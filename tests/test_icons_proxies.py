@@ -155,6 +155,30 @@ def test_a_later_list_adds_to_what_is_there(proxies):
     assert [row["other"] for row in rows] == ["b", "c"]
 
 
+def test_two_lists_keep_each_others_rows(proxies):
+    make, _ = proxies
+    first, second = make("a"), make("b")
+    assert first.run()
+    assert second.run()
+    assert {row["model"] for row in run_proxies.read_csv(first.path)} == {"a", "b"}
+
+
+def test_a_rate_of_many_digits_finds_its_runs(proxies):
+    make, trained = proxies
+    assert make("a", lr=[0.00123456789], seeds=[0]).run()
+    trained.clear()
+    assert make("a", lr=[0.00123456789], seeds=[0]).run()
+    assert trained == []
+
+
+def test_recipes_have_folders_of_their_own_and_leave_a_lists_arguments_alone(proxies):
+    make, _ = proxies
+    other = make("a", config=Path("other.yaml"))
+    assert make("a").folder("a", 1e-3, 0) != other.folder("a", 1e-3, 0)
+    with pytest.raises(ValueError, match="seed=9: the list itself gives each run its seed"):
+        make("a", settings=["epochs=3", "seed=9"])
+
+
 def test_rows_of_other_images_are_refused_and_answers_are_kept(proxies, tmp_path):
     make, _ = proxies
     assert make("a", "b").run()
