@@ -387,9 +387,11 @@ def when_it_helps(model: str, folder: Path) -> str:
     """Return, for a card, what a model gained by its weights on each task, and how they began."""
     compared, arms = transferred()
     rows = []
-    for (task, other), row in compared.items():
-        if (row["model"], other) == (f"{model}:pretrained", f"{model}:scratch"):
-            rows.append([task, *(mean_top1(arms[task, arm]) for arm in (row["model"], other)), *difference(row)[:2]])
+    for (task, other), row in sorted(compared.items(), key=lambda item: list(TASKS).index(item[0][0])):
+        scratch, _, times = other.partition("*")
+        if (row["model"], scratch) == (f"{model}:pretrained", f"{model}:scratch"):
+            name = f"{task}, scratch {times} times as long" if times else task
+            rows.append([name, *(mean_top1(arms[task, arm]) for arm in (row["model"], other)), *difference(row)[:2]])
     table = markdown(("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests"), rows)
     return f"""They come with the package: `timm.create_model("{model}", pretrained=True)` needs no network. They saw
 pictures of 64 x 64 pixels; any other size works. After training, kernels in front of a batch norm were scaled down to
@@ -398,7 +400,9 @@ the size of a new model's, which changes no output: the rates that train a new m
 {started(folder)}## When it helps
 
 Top-1 after fine-tuning by one recipe, the rate chosen for each start (`scripts/transfer.py`, `docs/results.md`). Where
-the interval holds zero, no gain is shown; it is of resampled tests, and leaves out what another seed would change.
+the interval holds zero, no gain is shown; it is of resampled tests, and leaves out what another seed would change. A
+gain below zero is a loss: trained from scratch for so long, a model ends above one that trained briefly from these
+weights. They save time, which pretraining has spent once for all.
 
 {table}"""
 
