@@ -370,6 +370,17 @@ def test_keys_stand_before_between_and_behind_options(monkeypatch, capsys):
     assert len(read) == 1
 
 
+@pytest.mark.parametrize("typed", ["photos #2", "001", "1_000", "1:30", "2026-10-12", "null", "no", "[a", "'x'"])
+def test_text_is_taken_as_typed(typed, monkeypatch, tmp_path):
+    read = []
+    monkeypatch.setattr("glattn.training.command.run", lambda args: read.append(resolve(args)) or 0)
+    given = [f"--data={typed}", f"--model={typed}", f"--run={typed}", f"checkpoint={typed}", f"teacher={typed}"]
+    assert main(["train", *given]) == 0
+    (tmp_path / "config.yaml").write_text(read[0].to_yaml())
+    for config in (read[0], TrainConfig.read(tmp_path / "config.yaml")):
+        assert {getattr(config, name) for name in ("data", "model", "run", "checkpoint", "teacher")} == {typed}
+
+
 def test_configuration_survives_yaml_and_help_lists_every_key(tmp_path, capsys):
     config = TrainConfig.read(
         None,

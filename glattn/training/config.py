@@ -153,7 +153,11 @@ class TrainConfig:
         overrides: Iterable[str] = (),
         defaults: Mapping[str, Any] = NO_DEFAULTS,
     ) -> TrainConfig:
-        """Read a YAML recipe and apply ``key=value`` overrides (values are YAML too), all over some defaults."""
+        """Read a YAML recipe and apply ``key=value`` overrides, all over some defaults.
+
+        An override's value is YAML too, but text is taken as typed.
+        """
+        hints = get_type_hints(cls)
         values: dict[str, Any] = dict(_read_yaml(Path(recipe))) if recipe else {}
         for name in values:
             _check_name(str(name), f" in {recipe}")
@@ -165,7 +169,7 @@ class TrainConfig:
             head, _, entry = name.partition(".")
             _check_name(head, "")
             try:
-                parsed = yaml.safe_load(value) if value else ""
+                parsed = yaml.safe_load(value) if value and hints[head] is not str else value
             except yaml.YAMLError:
                 parsed = value
             if entry:
