@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest  # argparse takes key=value of one place only: before, between or after the options
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every file's name can be encoded
     try:
         status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
     except (ValueError, OSError) as error:

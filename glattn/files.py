@@ -29,10 +29,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def plain(text: str) -> str:
+    """Return text with ``\\udce9``, spelt out, for a byte of a file's name that is no UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, `plain`, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(plain(text), encoding="utf-8")
 
 
 def copy_file(source: Path, target: Path) -> None:

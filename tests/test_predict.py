@@ -1,6 +1,7 @@
 """`glattn predict`: images of any kind, checkpoints from anywhere, and pictures of what the branches did."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +115,14 @@ def test_a_picture_of_what_was_seen(ours, tmp_path, capsys):
     with Image.open(tmp_path / "seen.png") as picture:
         assert picture.height > 2 * len(paths) * 200
         assert np.asarray(picture.convert("RGB")).std() > 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are text")
+def test_an_image_whose_name_is_no_text_is_seen_and_drawn(ours, photo, tmp_path, capsys):
+    odd = photo.rename(tmp_path / "caf\udce9.png")
+    assert predict(odd, "--model", ours, "--json", "--draw", tmp_path / "seen.png") == 0
+    assert json.loads(capsys.readouterr().out)["image"] == str(odd)
+    assert (tmp_path / "seen.png").exists()
 
 
 def test_a_corrupt_image_is_named_and_the_others_are_seen(ours, photo, tmp_path, capsys):

@@ -181,6 +181,22 @@ def test_bad_images_are_skipped_and_listed_or_refused(tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are text")
+def test_files_whose_names_are_no_text_are_trained_on_and_listed(tmp_path, capsys):
+    root = write_folder(tmp_path / "data", train=8, val=4)
+    for path in root.glob("*/*/*.png"):
+        os.rename(path, os.fsencode(path.parent) + b"/caf\xe9-" + os.fsencode(path.name))
+    for split in ("train", "val"):
+        os.rename(root / split / "blue", os.fsencode(root / split) + b"/bleu\xe9")
+    bad = [spoil(root / split / "red" / "caf\udce9-003.png", "truncated") for split in ("train", "val")]
+    options = [f"{name}={value}" for name, value in {**QUICK, "epochs": 2, "lr": 1e-9}.items()]
+    assert main(["train", "--data", str(root), "--run", str(tmp_path / "run"), *options]) == 0
+    listed = (tmp_path / "run" / "skipped.txt").read_text(encoding="utf-8").splitlines()
+    assert listed == [str(path).replace("\udce9", "\\udce9") for path in bad]
+    assert capsys.readouterr().out.count("could not be read") == 1
+    assert "caf\\udce9-0" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")  # among the mistakes
+
+
 def test_odd_images_train(tmp_path):
     root = write_folder(tmp_path / "data", train=6, val=2)
     for split in ("train", "val"):

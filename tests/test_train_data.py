@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tarfile
 import zlib
 
@@ -334,6 +335,14 @@ def test_check_data_lists_every_bad_image(tmp_path, capsys):
     for path in bad:
         assert f"cannot be read: {path}: " in said
     assert "3 image(s) cannot be read" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are text")
+def test_check_data_lists_names_that_are_no_text(tmp_path, capsys):
+    root = write_folder(tmp_path)
+    spoil(root / "val" / "red" / "000.png", "text").rename(root / "val" / "red" / "caf\udce9.png")
+    assert main(["check-data", str(root)]) == 1
+    assert "caf\\udce9.png: " in capsys.readouterr().out
 
 
 @LEFT_OPEN

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glattn.files import plain
 from glattn.training.figures import save_figure
 
 _BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.mixer")
@@ -122,7 +123,7 @@ def draw(path: Path, entries: Sequence[tuple[str, np.ndarray, Sequence[BlockMaps
     for row, (caption, image, maps) in enumerate(entries):
         top, bottom = axes[2 * row], axes[2 * row + 1]
         top[0].imshow(image)
-        top[0].set_title(caption, fontsize=10, parse_math=False)
+        top[0].set_title(plain(caption), fontsize=10, parse_math=False)
         bottom[0].text(0.5, 0.5, _LEGEND, ha="center", va="center", fontsize=9, color="#444")
         for axis in (*top, *bottom):
             axis.set_axis_off()

@@ -18,7 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from tqdm import tqdm
 
-from glattn.files import write_text
+from glattn.files import plain, write_text
 from glattn.training import build, checkpoint, data, run_folder
 from glattn.training.config import TrainConfig
 from glattn.training.distributed import convert_batch_norm, start_accelerator
@@ -360,7 +360,7 @@ class Trainer:
         """Write and announce which images were left out."""
         bad = [*self.progress.bad, *(self.val_source.name(int(index)) for index in predictions.bad)]
         listing = self.folder / "skipped.txt"
-        text = "".join(f"{name}\n" for name in bad)
+        text = plain("".join(f"{name}\n" for name in bad))
         if bad and (not listing.exists() or listing.read_text(encoding="utf-8") != text):
             write_text(listing, text)
             self.say(f"{len(bad)} image(s) could not be read and were left out; they are listed in {listing}")

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from glattn.files import write_text
+from glattn.files import plain, write_text
 from glattn.provenance import commit
 from glattn.training.config import TrainConfig
 from glattn.training.data import Source
@@ -146,5 +146,5 @@ def draw_samples(path: Path, source: Source, predictions: Predictions, *, seed: 
         if not right:
             title += f"\nis {source.class_names[predictions.target[entry]][:16]}"
         axes.imshow(thumbnail(image))
-        axes.set_title(title, fontsize=8, color="#15803d" if right else "#b91c1c", parse_math=False)
+        axes.set_title(plain(title), fontsize=8, color="#15803d" if right else "#b91c1c", parse_math=False)
     save_figure(figure, path)
