@@ -276,6 +276,36 @@ def test_other_options_are_refused(images, halted, tmp_path):
     )  # fmt: skip
 
 
+def test_the_same_images_may_have_moved(reference, images, halted, tmp_path):
+    folder = images.removeprefix("data=")
+    shutil.copytree(f"{folder}/train", tmp_path / "moved" / "train")
+    shutil.copytree(f"{folder}/val", tmp_path / "moved" / "validation")
+    list_states(halted / "checkpoints")[-1].unlink()
+    assert "resumed from epoch 1, step 2" in finish(halted, f"data={tmp_path / 'moved'}")
+    assert runs.metrics(halted) == runs.metrics(reference)
+
+
+@pytest.mark.parametrize(("split", "move"), [
+    ("train", "red/000.png red/900.png"), ("train", "red/000.png blue/900.png"), ("val", "red/000.png blue/900.png"),
+])  # fmt: skip
+def test_as_many_other_images_are_refused(split, move, images, halted, tmp_path):
+    other = shutil.copytree(images.removeprefix("data="), tmp_path / "other")
+    old, new = move.split()
+    (other / split / old).rename(other / split / new)
+    ended = runs.run(halted, *RICH, f"data={other}", "resume=auto")
+    assert (ended.status, ended.output.splitlines()) == (
+        1, [f"glattn train: {halted} was started on other images; give another run=FOLDER"],
+    )  # fmt: skip
+
+
+def test_a_checkpoint_that_tells_less_of_its_images_is_gone_on_with(images, halted):
+    states = halted / "checkpoints"
+    state = load_state(states)
+    del state["digests"]
+    save_state(states, state, step=6, keep=1)
+    assert "resumed from epoch 2, step 0" in finish(halted, images)
+
+
 def test_more_epochs_are_as_if_asked_for_at_once(images, tmp_path):
     options = (*SMALL, images, "workers=0", "schedule=constant", "resume=auto")
     for folder, all_epochs in (("run", (1, 3)), ("whole", (3,))):

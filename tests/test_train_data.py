@@ -232,6 +232,7 @@ def test_tar_reads_as_its_folder(workers, tmp_path):
     folder, _ = open_sources(TrainConfig(data=str(root)))
     archive, val = open_sources(TrainConfig(data=str(packed)))
     assert archive.class_names == folder.class_names == tuple(COLOURS)
+    assert archive.digest() == folder.digest() != val.digest()
     assert val.class_counts().tolist() == [4, 4, 4]
     archive.read(0)  # the tar is open before the workers fork
 

@@ -6,6 +6,8 @@ alone: not from the number of workers or processes, nor from where a run was int
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import tarfile
@@ -65,6 +67,14 @@ class Source:
             return str(self.dataset.filename(inner, absolute=True))
         except (AttributeError, AssertionError, NotImplementedError):
             return f"image {inner}"
+
+    def digest(self) -> str:
+        """Return a digest of the images' classes, and of their paths within the split where they have any."""
+        images: list[Any] = self.targets.tolist()
+        if hasattr(getattr(self.dataset, "reader", None), "samples"):  # a folder or a .tar
+            paths = (Path(self.dataset.filename(inner)).as_posix() for inner in self.indices.tolist())
+            images = sorted(zip(paths, images, strict=True))
+        return hashlib.sha256(json.dumps(images).encode()).hexdigest()
 
     def loader(self, batches: Sampler[list[tuple[int, int]]], data_config: dict[str, Any], **options: Any) -> Any:
         """Return the batches' images, see `make_loader`."""

@@ -67,6 +67,11 @@ class Trainer:
         if config.bad_images == "refuse" and self.main:
             refuse_bad(self.train_source, self.val_source)
         self.class_names = self.train_source.class_names
+        self.images = {  # what a run is resumed on, and on nothing else
+            "class_names": list(self.class_names),
+            "images": len(self.train_source),
+            "digests": [self.train_source.digest(), self.val_source.digest()],
+        }
         data.seed_everything(config.seed)
         device = self.accelerator.device
         self.model = build.build_model(config, len(self.class_names))
@@ -133,7 +138,7 @@ class Trainer:
         if changed:
             listed = ", ".join(f"{name} (was {then[name]!r}, is {now[name]!r})" for name in changed)
             raise ValueError(f"{self.folder} was started with other options: {listed}; give another run=FOLDER")
-        if state["class_names"] != list(self.class_names) or state["images"] != len(self.train_source):
+        if any(state.get(name, value) != value for name, value in self.images.items()):  # what it lacks came later
             raise ValueError(f"{self.folder} was started on other images; give another run=FOLDER")
         self.trainable.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -156,8 +161,7 @@ class Trainer:
         """Write a training checkpoint."""
         state = {
             "config": dataclasses.asdict(self.config),
-            "class_names": list(self.class_names),
-            "images": len(self.train_source),
+            **self.images,
             "progress": dataclasses.asdict(self.progress),
             "model": self.trainable.state_dict(),
             "optimizer": self.optimizer.state_dict(),
