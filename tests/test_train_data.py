@@ -193,6 +193,26 @@ def test_validation_may_lack_classes_where_that_is_said(tmp_path, capsys):
     assert "without training images: 'grass'" in capsys.readouterr().err
 
 
+def test_hidden_folders_are_left_out(tmp_path):
+    root = write_folder(tmp_path, train=4, val=0)
+    for hidden in (".cache", "blue/.ipynb_checkpoints", "red/.thumbnails/large"):
+        write_class(root / hidden, COLOURS["red"], 3)
+    sources = open_sources(TrainConfig(data=str(root), val_fraction=0.5))
+    for source in sources:
+        assert source.class_names == tuple(COLOURS)
+        assert source.class_counts().tolist() == [2, 2, 2]
+        assert all(f"/{source.class_names[source.read(n)[1]]}/0" in source.name(n) for n in range(6))
+    for path in root.glob("green/*.png"):
+        path.unlink()
+    write_class(root / "green" / ".ipynb_checkpoints", COLOURS["green"], 2)
+    with pytest.raises(ValueError, match="class 'green' is empty"):
+        open_sources(TrainConfig(data=str(root)))
+    for name in COLOURS:
+        shutil.rmtree(root / name)
+    with pytest.raises(ValueError, match="no images in"):
+        open_sources(TrainConfig(data=str(root)))
+
+
 def test_a_class_of_one_image_cannot_be_split(tmp_path):
     root = write_folder(tmp_path, val=0)
     write_class(tmp_path / "violet", (120, 30, 200), 1)

@@ -162,6 +162,8 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
         if class_map:
             arguments["class_map"] = class_map
         dataset = create_dataset("", root=str(root), search_split=False, **arguments)
+        if is_folder:
+            _leave_hidden_out(dataset.reader, root, renumber=not class_map)
     except RuntimeError:
         raise ValueError(
             f"no images in {root}; it should hold one folder a class, with {', '.join(EXTENSIONS)}"
@@ -172,8 +174,9 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     mapping = reader.class_to_idx if is_folder else reader.class_name_to_idx
     if is_folder:
         # a class is a folder that holds something: sub-folders of one without images are not classes of their own
+        holding = {_within(path, root).partition(os.sep)[0] for path, _ in reader.samples}
         for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            if not any(p.suffix.lower() in EXTENSIONS for p in folder.rglob("*")):
+            if folder.name not in holding:
                 raise ValueError(
                     f"class {folder.name!r} is empty: no images in {folder}; add some or remove the folder"
                 )
@@ -191,6 +194,25 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
         names[index] = name
     targets = np.array([sample[1] for sample in reader.samples] if is_folder else reader.targets, dtype=np.int64)
     return Source(dataset, np.arange(len(targets)), targets, tuple(names))
+
+
+def _within(path: str, root: Path) -> str:
+    """Return what of a path is behind its root."""
+    return path[len(os.path.join(root, "")) :]
+
+
+def _leave_hidden_out(reader: Any, root: Path, *, renumber: bool) -> None:
+    """Drop images in folders whose names begin with a dot, as .ipynb_checkpoints; timm takes these for classes."""
+    shown = [
+        sample for sample in reader.samples if f"{os.sep}." not in os.sep + os.path.dirname(_within(sample[0], root))
+    ]
+    if not shown:
+        raise RuntimeError
+    if renumber:
+        numbers = {target: number for number, target in enumerate(sorted({target for _, target in shown}))}
+        shown = [(path, numbers[target]) for path, target in shown]
+        reader.class_to_idx = {name: numbers[n] for name, n in reader.class_to_idx.items() if n in numbers}
+    reader.samples = shown
 
 
 def _open_named(name: str, root: str, split: str) -> Source:
