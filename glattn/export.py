@@ -274,6 +274,8 @@ def run(args: argparse.Namespace) -> int:
     from glattn.hub import create_model
     from glattn.models.weights import missing_weights
 
+    if args.img_size is not None and args.img_size < 1:
+        raise ValueError(f"--img-size {args.img_size}: at least 1 pixel")
     run_folder = Path(args.model)
     if run_folder.is_dir():
         best = run_folder / "best" if (run_folder / "best").is_dir() else run_folder

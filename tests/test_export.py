@@ -181,4 +181,5 @@ def test_a_missing_extra_is_named(run_folder, capsys, monkeypatch, to):
 def test_what_is_asked_wrongly(run_folder, tmp_path, capsys):
     arguments = ["--to", "torch-export", "--output", str(tmp_path / "model.onnx")]
     assert "ends in .pt2" in fails([str(run_folder), *arguments], capsys)
+    assert "--img-size -1" in fails([str(run_folder), "--to", "torch-export", "--img-size", "-1"], capsys)
     assert "did you mean 'glattn_atto'" in fails(["glattn_ato", "--to", "torch-export"], capsys)

@@ -30,10 +30,11 @@ INPUT = {
 }
 
 
-def save(folder, name):
+def save(folder, name, in_chans=3):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=len(NAMES)).eval()
-    export(model, folder, class_names=NAMES, data_config=INPUT, metrics={})
+    model = timm.create_model(name, num_classes=len(NAMES), in_chans=in_chans).eval()
+    data_config = {**INPUT, "input_size": (in_chans, 32, 32), **{k: INPUT[k][:in_chans] for k in ("mean", "std")}}
+    export(model, folder, class_names=NAMES, data_config=data_config, metrics={})
     return folder
 
 
@@ -153,6 +154,9 @@ def test_what_it_refuses_is_one_line(ours, timms, photo, tmp_path, capsys):
     assert "--device" in fail(capsys, photo, "--model", ours, "--device", "abacus")
     assert ".png" in fail(capsys, photo, "--model", ours, "--draw", tmp_path / "seen.gif")
     assert "does not exist" in fail(capsys, photo, "--model", ours, "--draw", tmp_path / "none" / "seen.png")
+    grey = save(tmp_path / "grey", "test_glattn", in_chans=1)
+    for size in ([], ["--size", 32]):
+        assert "takes 1 channel(s)" in fail(capsys, photo, "--model", grey, *size)
     spoil(timms / "model.safetensors", "truncated")
     assert "model.safetensors" in fail(capsys, photo, "--model", timms)
 

@@ -206,6 +206,7 @@ def test_a_run_on_several_fractals_goes_on_from_one_on_single_ones(tmp_path, mon
         (["image_size=null"], "image_size=64"),
         (["--data", "photos"], "leave data out"),
         (["dataset=digits"], "glattn train"),
+        ([*TINY, "model_args.in_chans=1"], "RGB"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_line(arguments, word, capsys):
@@ -213,3 +214,10 @@ def test_what_is_asked_wrongly_is_one_line(arguments, word, capsys):
     error = capsys.readouterr().err
     assert word in error
     assert error.count("\n") == 1
+
+
+def test_a_recipe_of_other_images_is_refused(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(f"dataset: digits\ndata: {tmp_path / 'digits'}\n")
+    assert main(["pretrain", "--config", str(tmp_path / "recipe.yaml"), "--run", str(tmp_path / "run"), *TINY]) == 1
+    assert "dataset='digits': glattn pretrain draws fractals" in capsys.readouterr().err
+    assert not (tmp_path / "digits").exists()

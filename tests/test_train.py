@@ -323,6 +323,8 @@ MISTAKES = {
     "optimizer_args.bets=1": "optimizer='adamw'",
     "model=test_glatn": "unknown model 'test_glatn'; did you mean 'test_glattn'?",
     "model_args.head_dimm=32": "head_dimm",
+    "model_args.in_chans=1": "the model takes 1 channel(s)",
+    "model_args.in_chans=1 image_size=null": "the model takes 1 channel(s)",
     "auto_augment=randy": "auto_augment='randy' or ",
     "schedule=cosin": "schedule='cosin'",
     "interpolation=cubic": "interpolation='cubic' is unknown to timm",

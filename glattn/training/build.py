@@ -165,12 +165,12 @@ def build_optimizer(config: TrainConfig, model: nn.Module, task: TrainingTask) -
 
 def data_config_of(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
     """Return timm's data configuration: size, normalisation, resize filter and crop of validation."""
+    if model.in_chans != 3:
+        raise ValueError(f"the model takes {model.in_chans} channel(s); training reads RGB images")
     arguments: dict[str, Any] = {"interpolation": config.interpolation or None, "crop_pct": config.crop_pct}
     if config.image_size:
         arguments["input_size"] = (3, config.image_size, config.image_size)
     resolved: dict[str, Any] = resolve_data_config(arguments, model=model)
-    if resolved["input_size"][0] != 3:
-        raise ValueError(f"the model takes {resolved['input_size'][0]} channels; training reads RGB images")
     return resolved
 
 

@@ -63,10 +63,10 @@ def open_checkpoint(
     count = int(getattr(model, "num_classes", 0) or 0)
     if count < 1:
         raise ValueError(f"{checkpoint}: has no classifier (num_classes={count}); train one on it first")
+    if model.in_chans != 3:
+        raise ValueError(f"{checkpoint}: takes {model.in_chans} channel(s); only RGB models are read here")
     asked = {"img_size": size, "crop_pct": crop_pct, "crop_mode": crop_mode}
     data_config = resolve_model_data_config(model, args=asked, use_test_size=True)
-    if data_config["input_size"][0] != 3:
-        raise ValueError(f"{checkpoint}: takes {data_config['input_size'][0]} channels; only RGB models are read here")
     names, descriptions = _names(cfg, count, checkpoint)
     return Classifier(model=model.eval(), class_names=names, descriptions=descriptions, data_config=data_config)
 

@@ -194,14 +194,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pretrain."""
-    said = [*args.overrides, *([f"epochs={args.epochs}"] if args.epochs is not None else [])]
-    if wrong := next((text for text in said if text.startswith("dataset=") and text != "dataset=fractals"), None):
-        raise ValueError(f"{wrong}: glattn pretrain draws fractals; `glattn train` takes other images")
+    config = command.resolve(args, RECIPE)
+    if config.dataset != "fractals":
+        raise ValueError(
+            f"dataset={config.dataset!r}: glattn pretrain draws fractals; `glattn train` takes other images"
+        )
     if args.samples is None:
         return command.run(args, RECIPE)
     if args.samples < 1 or args.samples % fractals.SAMPLES:
         raise ValueError(f"--samples {args.samples}: give a multiple of an epoch, {fractals.SAMPLES}")
-    if any(text.startswith("epochs=") for text in said):
+    if args.epochs is not None or any(text.startswith("epochs=") for text in args.overrides):
         raise ValueError("--samples and epochs both say how long; give one of them")
     args.epochs = str(args.samples // fractals.SAMPLES)
     return command.run(args, RECIPE)
