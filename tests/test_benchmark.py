@@ -7,6 +7,7 @@ import timm
 import torch
 from models import randomize, relative
 from torch import nn
+from torch.nn import functional as F
 
 from glattn.benchmark import command, machine, rows
 from glattn.benchmark.contestant import Case, create, prepare
@@ -43,6 +44,24 @@ def test_macs_of_a_transformer_are_the_analytic_ones():
 def test_macs_of_convolutions_are_the_analytic_ones():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 5, padding=2, groups=8), nn.Conv2d(8, 6, 1))
     assert count_macs(model, (1, 3, 10, 12)) == 120 * (3 * 8 * 9 + 8 * 25 + 8 * 6)
+
+
+class Query(nn.Module):
+    """Fused attention of a learnt query, a view of which a module is called with, as class tokens often are."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.query, self.linear, self.reads = nn.Parameter(torch.randn(1, 4, 2, 8)), nn.Linear(8, 8), reads
+
+    def forward(self, x):
+        if self.reads:
+            x.sum().item()  # what the meta device cannot do
+        return F.scaled_dot_product_attention(self.linear(self.query.expand(len(x), -1, -1, -1)), x, x)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_macs_are_counted_of_attention_with_a_parameter_on_meta_and_off_it(reads):
+    assert count_macs(Query(reads), (1, 4, 6, 8)) == 4 * (2 * 8 * 8 + 2 * 2 * 6 * 8)
 
 
 class Shared(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from glattn.layers.conv import FoldedConv
@@ -22,15 +23,18 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
         shape: Of the batch of images.
     """
 
-    def count(model: nn.Module, image: torch.Tensor) -> int:
+    def count(image: torch.Tensor) -> int:
+        # the counter hooks what modules are called with, and fails on a view of a parameter that wants a gradient
+        copied = copy.deepcopy(model).requires_grad_(False).to(image.device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(image)
+            copied(image)
         return counter.get_total_flops() // 2
 
     try:
-        return count(copy.deepcopy(model).to("meta"), torch.empty(shape, device="meta"))
+        return count(torch.empty(shape, device="meta"))
     except Exception:  # others' models: what they cannot do on meta, each says in its own way
-        return count(model, torch.zeros(shape, device=next(model.parameters()).device))
+        with sdpa_kernel(SDPBackend.MATH):  # matrix products; the CPU's fused attention is not counted
+            return count(torch.zeros(shape, device=next(model.parameters()).device))
 
 
 def count_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
