@@ -9,7 +9,7 @@ from models import randomize, relative
 from torch import nn
 from torch.nn import functional as F
 
-from glattn.benchmark import command, machine, rows
+from glattn.benchmark import command, contestant, machine, rows, session
 from glattn.benchmark.contestant import Case, create, prepare
 from glattn.benchmark.cost import count_macs, measure_growth
 from glattn.benchmark.folding import fold
@@ -111,7 +111,7 @@ def test_memory_growth_is_what_a_step_allocates():
 def test_turns_are_taken_in_rounds_and_stop_after_three_when_time_is_up():
     order = []
     steps = {name: (lambda name=name: order.append(name), 2) for name in "ABC"}
-    quiet = {"synchronize": lambda: None, "progress": lambda: None}
+    quiet = {"synchronize": lambda: None, "progress": lambda: None, "failed": lambda *_: None}
     seconds = take_turns(steps, rounds=4, out_of_time=lambda: False, **quiet)
     assert "".join(order) == "AABBCC" * 4
     assert all(len(times) == 4 for times in seconds.values())
@@ -264,6 +264,18 @@ def test_a_case_that_lacks_a_model_is_measured_whole(tmp_path):
     assert [row["torch"] == "1.0" for row in _rows(tmp_path)] == [True, True, False, False]
 
 
+def test_rows_that_took_no_turns_together_are_measured_anew(tmp_path):
+    assert _run(tmp_path) == 0
+    mine, other = _rows(tmp_path)
+    rows.write(tmp_path / "rows.csv", [mine, other | {"matmul_gmacs_per_second": "1"}])
+    assert main(["benchmark", "test_glattn", "--out", str(tmp_path), *SHORT, "--resume"]) == 0
+    assert _rows(tmp_path)[0] == mine  # alone it stays
+    assert _run(tmp_path, "--resume") == 0
+    first, second = _rows(tmp_path)
+    assert first["milliseconds"] != mine["milliseconds"]
+    assert first["matmul_gmacs_per_second"] == second["matmul_gmacs_per_second"]
+
+
 @pytest.mark.parametrize("changed", [{"commit": "0123456789ab"}, {"glattn": "0.0"}, {"commit": "c0-dirty"}])
 def test_resume_keeps_no_row_of_other_code(changed, tmp_path, monkeypatch):
     if "c0-dirty" in changed.values():  # code that nobody can get again
@@ -314,7 +326,105 @@ def test_the_faster_memory_format_is_chosen_in_the_rounds(slow, tmp_path, monkey
 def test_time_that_is_up_leaves_cases_for_later(tmp_path, capsys):
     assert _run(tmp_path, "--minutes", "1e-12") == 0
     assert not (tmp_path / "rows.csv").exists()
+    assert "1 of 1 cases are left; go on with --resume" in capsys.readouterr().out
+
+
+def test_finished_cases_behind_the_first_that_time_leaves_are_shown_and_counted(tmp_path, capsys):
+    assert _run(tmp_path) == 0
+    capsys.readouterr()
+    assert _run(tmp_path, "--resume", "--pixels", "32", "64", "--minutes", "1e-12") == 0
+    said = capsys.readouterr().out
+    assert "infer fp32 eager batch 1 at 64" in said
+    assert "1 of 2 cases are left" in said
+
+
+def test_a_case_that_was_cut_short_is_left(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        answers = iter([False])
+        patched.setattr(session.Session, "out_of_time", lambda _: next(answers, True))
+        assert _run(tmp_path, "--rounds", "4", "--minutes", "9") == 0
+    assert [row["rounds"] for row in _rows(tmp_path)] == ["3", "3"]
     assert "1 of 1 cases are left" in capsys.readouterr().out
+    assert _run(tmp_path, "--rounds", "4", "--resume") == 0
+    assert [row["rounds"] for row in _rows(tmp_path)] == ["4", "4"]
+    assert "left" not in capsys.readouterr().out
+
+
+def test_uncommitted_code_is_told_that_its_rows_do_not_stay(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "commit", lambda digits: "c0-dirty")
+    assert _run(tmp_path, "--minutes", "1e-12") == 0
+    said = capsys.readouterr().out
+    assert "rows of uncommitted code are measured again" in said
+    assert "--resume" not in said
+    assert _run(tmp_path, "--minutes", "1e-12", "--resume") == 0
+    assert "rows of uncommitted code are measured again\n" in capsys.readouterr().out
+
+
+def _fail(*_):
+    raise RuntimeError("no such\nthing")
+
+
+@pytest.mark.parametrize("bad", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("made", [False, True])
+def test_a_model_that_fails_in_one_memory_format_is_measured_in_the_other(bad, made, tmp_path, monkeypatch):
+    real = contestant.make_step
+
+    def make_step(model, image, case, device, memory_format):
+        if memory_format != bad:
+            return real(model, image, case, device, memory_format)
+        return (_fail, None) if made else _fail()
+
+    monkeypatch.setattr(contestant, "make_step", make_step)
+    assert _run(tmp_path) == 0
+    assert [row["error"] for row in _rows(tmp_path)] == ["", ""]
+    assert bad not in {row["memory_format"] for row in _rows(tmp_path)}
+
+
+@pytest.mark.parametrize("steps", [3, 5])  # all of warming up; and of two turns
+def test_a_model_that_fails_in_its_turns_is_a_row_and_the_others_keep_theirs(steps, tmp_path, monkeypatch, capsys):
+    real = contestant.make_step
+
+    def make_step(model, *given):
+        step, optimizer = real(model, *given)
+        left = iter(range(steps if type(model).__name__ == "ResNet" else 10**9))
+        return lambda: step() if next(left, None) is not None else _fail(), optimizer
+
+    monkeypatch.setattr(contestant, "make_step", make_step)
+    assert _run(tmp_path, "--turn", "1e-9") == 0
+    other, failed = _rows(tmp_path)
+    assert (other["error"], other["rounds"], other["ratio"]) == ("", "3", "1.0000")
+    assert (failed["error"], failed["images_per_second"]) == ("RuntimeError: no such thing", "")
+    assert "test_resnet: not measured: RuntimeError: no such thing" in capsys.readouterr().out
+
+
+def test_a_model_whose_memory_cannot_be_measured_is_a_row_and_the_others_stay(tmp_path, monkeypatch):
+    growths = iter([lambda *_: 1000, _fail])
+    monkeypatch.setattr(session, "measure_growth", lambda *given: next(growths)(*given))
+    assert _run(tmp_path) == 0
+    assert [row["error"] for row in _rows(tmp_path)] == ["", "RuntimeError: no such thing"]
+    assert [row["images_per_second"] == "" for row in _rows(tmp_path)] == [False, True]
+
+
+NO_BASELINE = ["--baseline", "test_vit", *SHORT, "--pixels", "36"]  # a size that it refuses
+
+
+def test_a_baseline_that_cannot_is_said_and_its_case_is_kept(tmp_path, capsys):
+    arguments = ["benchmark", "test_resnet", "--out", str(tmp_path), *NO_BASELINE]
+    assert main(arguments) == 0
+    assert "no ratios: test_vit could not be measured: AssertionError: Input height" in capsys.readouterr().out
+    (row,) = first = _rows(tmp_path)
+    assert (row["error"], row["baseline"], row["ratio"]) == ("", "test_vit", "")
+    assert main([*arguments, "--resume"]) == 0
+    assert "no ratios: test_vit could not be measured" in capsys.readouterr().out
+    assert _rows(tmp_path) == first
+
+
+def test_rows_without_a_ratio_stay_beside_another_baseline(tmp_path):
+    assert main(["benchmark", "test_resnet", "test_vit", "--out", str(tmp_path), *NO_BASELINE]) == 0
+    first = _rows(tmp_path)
+    assert [row["baseline"] for row in first] == ["test_vit", "test_vit"]
+    assert main(["benchmark", "test_glattn", "--out", str(tmp_path), *SHORT, "--pixels", "36", "--resume"]) == 0
+    assert _rows(tmp_path)[:2] == first
 
 
 def test_a_model_that_cannot_is_a_row_and_the_others_are_measured(tmp_path):
@@ -353,6 +463,20 @@ def test_another_table_is_refused(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="not a table"):
         rows.read(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda line: line[:9], lambda line: line + b",1", lambda line: b"\xff" + line, lambda line: b'"' + line],
+    ids=["cut", "a cell too many", "no UTF-8", "an open quote"],
+)
+def test_a_damaged_line_is_refused_before_anything_is_measured(damage, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    rows.write(path, [dict.fromkeys(rows.FIELDS, "1")] * 3)
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], damage(lines[2]), *lines[3:]]))
+    assert _run(tmp_path, "--resume") == 1
+    assert capsys.readouterr().err.endswith(f"{path}, line 3: damaged; remove the line, or give another --out\n")
 
 
 def test_cases_are_the_product_and_the_sweep():

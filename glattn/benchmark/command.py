@@ -135,8 +135,11 @@ def run(args: argparse.Namespace) -> int:
         f"{about['machine']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
         f"timm {about['timm']}, glattn {about['glattn']} {about['commit']}; ratios to {baseline}"
     )
+    uncommitted = about["commit"].endswith("-dirty")
+    if args.resume and uncommitted:
+        print("rows of uncommitted code are measured again")
     cases = choose_cases(args)
-    finished = 0
+    left = len(cases)
     with tqdm(disable=not sys.stderr.isatty(), leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}|") as bar:
 
         def report(what: str, done: int, total: int) -> None:
@@ -145,14 +148,18 @@ def run(args: argparse.Namespace) -> int:
 
         session = Session(path, settings, device, about, report, resume=args.resume)
         for case, measured in session.run(names, cases):
-            finished += 1
+            left -= all(row["error"] or int(row["rounds"]) >= args.rounds for row in measured)
             bar.clear()
             first = next((row for row in measured if not row["error"]), None)
             yardstick = f"; matrix product {float(first['matmul_gmacs_per_second']):.0f} GMAC/s" if first else ""
             print(f"\n{case}{yardstick}\n{rows.table(measured)}", flush=True)
+            if any(not row["ratio"] and not row["error"] for row in measured):
+                why = session.no_baseline.get(case, "said when this case was measured")
+                print(f"no ratios: {baseline} could not be measured: {why}", flush=True)
     drawn = rows.same_place(session.rows, about)  # an earlier call's as well
     pictures = [path for path in (draw_speed(folder, drawn), draw_scaling(folder, drawn)) if path]
     print("\nwritten:", ", ".join(str(p) for p in [path, *pictures]))
-    if finished < len(cases):
-        print(f"time is up: {len(cases) - finished} of {len(cases)} cases are left; go on with --resume")
+    if left:
+        then = "commit first: rows of uncommitted code are measured again" if uncommitted else "go on with --resume"
+        print(f"time is up: {left} of {len(cases)} cases are left; {then}")
     return 0

@@ -104,7 +104,10 @@ def create(name: str, pixels: int) -> nn.Module:
 def prepare(
     name: str, case: Case, device: torch.device, formats: Iterable[str] = tuple(FORMATS)
 ) -> Iterator[Contestant]:
-    """Yield a model ready for a case, in one memory format after the other; what it cannot do is raised as it comes."""
+    """Yield a model ready for a case, in one memory format after the other.
+
+    What it cannot do is raised, unless it can be made ready in another format.
+    """
     torch.manual_seed(0)
     training = case.task == "train"
     image = torch.randn(case.batch, 3, case.pixels, case.pixels)
@@ -114,11 +117,18 @@ def prepare(
         model, folded = fold(model, image[:1])
     macs = count_macs(model.eval(), (1, *image.shape[1:])) * (3 if training else 1)
     model = model.to(device, DTYPES["fp32"] if training else DTYPES[case.precision])
+    made, failure = False, None
     for memory_format in formats:
-        trial = copy.deepcopy(model).to(memory_format=FORMATS[memory_format])
-        step, optimizer = make_step(trial, image, case, device, memory_format)
-        held = partial(count_bytes, trial, optimizer)
-        yield Contestant(step, parameters, macs, held, folded, memory_format)
+        try:
+            trial = copy.deepcopy(model).to(memory_format=FORMATS[memory_format])
+            step, optimizer = make_step(trial, image, case, device, memory_format)
+        except Exception as error:  # others' models: some have weights that one format does not know
+            failure = error
+            continue
+        made = True
+        yield Contestant(step, parameters, macs, partial(count_bytes, trial, optimizer), folded, memory_format)
+    if failure and not made:
+        raise failure
 
 
 def capture(step: Step) -> Step:

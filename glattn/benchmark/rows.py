@@ -38,13 +38,20 @@ def read(path: Path) -> list[Row]:
     """Return a file's rows.
 
     Raises:
-        ValueError: It is no benchmark's file.
+        ValueError: It is no benchmark's file, or a line of it is damaged.
     """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames is None or set(reader.fieldnames) != set(FIELDS):
-            raise ValueError(f"{path} is not a table of this version of glattn benchmark; give another --out")
-        return list(reader)
+    head, *lines = path.read_bytes().splitlines() or [b""]  # no cell has a line break
+    names = head.decode(errors="replace").split(",")
+    if set(names) != set(FIELDS):
+        raise ValueError(f"{path} is not a table of this version of glattn benchmark; give another --out")
+    found = []
+    for number, line in enumerate(lines, 2):
+        try:
+            (cells,) = csv.reader([line.decode()], strict=True)
+            found.append(dict(zip(names, cells, strict=True)))
+        except (ValueError, csv.Error):
+            raise ValueError(f"{path}, line {number}: damaged; remove the line, or give another --out") from None
+    return found
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import time
@@ -48,7 +49,8 @@ class Session:
     """Measures cases and keeps their rows in a file.
 
     Args:
-        path: The CSV file; rows that it holds stay, but for those asked for that are of other code or another baseline.
+        path: The CSV file; rows that it holds stay, but for those asked for that are of other code or another baseline,
+            of fewer rounds, or of a case whose rows were not measured together.
         about: The machine's columns.
         report: Called with what goes on, how much of it is done, and how much there is.
     """
@@ -58,6 +60,8 @@ class Session:
     ) -> None:
         self.path, self.settings, self.device, self.about, self.report = path, settings, device, about, report
         self.rows: list[Row] = table.read(path) if resume and path.exists() else []
+        self.no_baseline: dict[Case, str] = {}
+        """Why the baseline could not be measured, of cases where it could not."""
         self.end = time.monotonic() + settings.minutes * 60 if settings.minutes else float("inf")
 
     def out_of_time(self) -> bool:
@@ -65,22 +69,24 @@ class Session:
         return time.monotonic() >= self.end
 
     def run(self, names: Sequence[str], cases: Sequence[Case]) -> Iterator[tuple[Case, list[Row]]]:
-        """Yield each case with all its rows once they are in the file; stop where the time is up.
+        """Yield each case with all its rows once they are in the file; measure no more where the time is up.
 
         Raises:
             ValueError: The file has other models' rows of these cases whose ratios are to another baseline.
         """
         for row in self.rows:
-            if row["model"] in names or row["baseline"] in ("", self.settings.baseline):
+            if row["model"] in names or not row["ratio"] or row["baseline"] == self.settings.baseline:
                 continue
             if any(table.key(row) == table.key(self._head(row["model"], case)) for case in cases):
                 raise ValueError(f"{self.path}: ratios of {row['model']} are to {row['baseline']}; give another --out")
         keep_freed_memory()
         for case in cases:
             wanted = {table.key(self._head(name, case)) for name in names}
-            if not wanted <= {table.key(row) for row in self.rows if self._stays(row)}:
+            kept = [row for row in self.rows if table.key(row) in wanted and self._stays(row)]
+            measurements = {row["matmul_gmacs_per_second"] for row in kept if not row["error"]}
+            if not wanted <= {table.key(row) for row in kept} or len(measurements) > 1:
                 if self.out_of_time():
-                    return
+                    continue
                 # all of them, those that are there too: only what took turns can be compared
                 # models of one class share one store of compiled programs; what it has no room for runs eager, unsaid
                 room = torch._dynamo.config.cache_size_limit + len(FORMATS) * len(names)
@@ -91,10 +97,12 @@ class Session:
             yield case, [row for row in self.rows if table.key(row) in wanted]
 
     def _stays(self, row: Row) -> bool:
-        """Tell whether a row is of this code, for all that is known, and its ratio to this baseline."""
+        """Tell whether a row is of this code, for all that is known, its ratio to this baseline, and of all rounds."""
         if row["commit"].endswith("-dirty") or any(row[name] != self.about[name] for name in ("glattn", "commit")):
             return False
-        return bool(row["error"]) or row["baseline"] == self.settings.baseline
+        if row["error"]:
+            return True
+        return row["baseline"] == self.settings.baseline and int(row["rounds"]) >= self.settings.rounds
 
     def _head(self, name: str, case: Case) -> Row:
         peer = PEERS.get(name)
@@ -112,6 +120,7 @@ class Session:
             "engine": case.engine,
             "batch": str(case.batch),
             "pixels": str(case.pixels),
+            "baseline": self.settings.baseline,
         }
 
     def _measure(self, names: Sequence[str], case: Case) -> list[Row]:
@@ -135,14 +144,12 @@ class Session:
         for done, name in enumerate(everyone):
             self.report(f"{case}: preparing {name}", done, len(everyone))
             trials: list[tuple[float, Contestant]] = []
-            try:
+            with _noted(errors, name):
                 for one in prepare(name, case, self.device, usable_formats(name, case, self.device)):
-                    seconds_to_warm[name, one.memory_format], single = warm_up(one.step, synchronize)
-                    trials.append((single, one))
-            except Exception as error:  # others' models: what one of them cannot do is a row, not the run's end
-                errors[name] = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
-                continue
-            least = min(single for single, _ in trials)
+                    with _noted(errors, name):
+                        seconds_to_warm[name, one.memory_format], single = warm_up(one.step, synchronize)
+                        trials.append((single, one))
+            least = min((single for single, _ in trials), default=0.0)
             for single, one in trials:
                 if single < _CLOSE * least:
                     ready[name, one.memory_format] = one
@@ -155,29 +162,52 @@ class Session:
             turns += 1
             self.report(str(case), turns, len(steps) * self.settings.rounds)
 
+        def failed(entry: tuple[str, str], error: Exception) -> None:
+            if entry == _PRODUCT:
+                raise error
+            errors[entry[0]] = _said(error)
+
         seconds = take_turns(
-            steps, rounds=self.settings.rounds, synchronize=synchronize, out_of_time=self.out_of_time, progress=progress
+            steps,
+            rounds=self.settings.rounds,
+            synchronize=synchronize,
+            out_of_time=self.out_of_time,
+            progress=progress,
+            failed=failed,
         )
         rate = product_macs / Spread.of(seconds[_PRODUCT]).median / 1e9
-        median = {entry: Spread.of(seconds[entry]).median for entry in ready}
+        median = {entry: Spread.of(seconds[entry]).median for entry in ready if entry in seconds}
         faster = {
-            name: min((entry for entry in ready if entry[0] == name), key=median.__getitem__) for name, _ in ready
+            name: min((entry for entry in median if entry[0] == name), key=median.__getitem__) for name, _ in median
         }
+        if self.settings.baseline not in faster:
+            self.no_baseline[case] = errors[self.settings.baseline]
         result = []
         for name in names:
-            row = self._head(name, case)
-            if name in errors:
-                result.append(row | {"error": errors[name]})
-                continue
-            entry = faster[name]
-            # a graph's memory is its own, taken before
-            growth = None if case.engine == "graph" else measure_growth(ready[entry].step, self.device)
-            row |= _figures(ready[entry], case, seconds[entry], rate, growth)
-            row |= {"repeats": str(steps[entry][1]), "warm_up_seconds": f"{seconds_to_warm[entry]:.2f}"}
-            if self.settings.baseline in faster:
-                row |= _ratio(self.settings.baseline, seconds[faster[self.settings.baseline]], seconds[entry])
-            result.append(row)
+            row: Row = {}
+            if entry := faster.get(name):
+                with _noted(errors, name):
+                    # a graph's memory is its own, taken before
+                    growth = None if case.engine == "graph" else measure_growth(ready[entry].step, self.device)
+                    row = _figures(ready[entry], case, seconds[entry], rate, growth)
+                    row |= {"repeats": str(steps[entry][1]), "warm_up_seconds": f"{seconds_to_warm[entry]:.2f}"}
+                    if self.settings.baseline in faster:
+                        row |= _ratio(seconds[faster[self.settings.baseline]], seconds[entry])
+            result.append(self._head(name, case) | (row or {"error": errors[name]}))
         return result
+
+
+@contextlib.contextmanager
+def _noted(errors: dict[str, str], name: str) -> Iterator[None]:
+    """Note what others' models raise: what one of them cannot do is a row, not the run's end."""
+    try:
+        yield
+    except Exception as error:
+        errors[name] = _said(error)
+
+
+def _said(error: Exception) -> str:
+    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
 
 
 def _figures(contestant: Contestant, case: Case, seconds: list[float], rate: float, growth: int | None) -> Row:
@@ -201,11 +231,10 @@ def _figures(contestant: Contestant, case: Case, seconds: list[float], rate: flo
     }
 
 
-def _ratio(baseline: str, theirs: list[float], mine: list[float]) -> Row:
+def _ratio(theirs: list[float], mine: list[float]) -> Row:
     """Return how many times as fast as the baseline: round by round, so that a slow minute cancels."""
     spread = Spread.of(a / b for a, b in zip(theirs, mine, strict=True))
     return {
-        "baseline": baseline,
         "ratio": f"{spread.median:.4f}",
         "ratio_low": f"{spread.low:.4f}",
         "ratio_high": f"{spread.high:.4f}",

@@ -61,21 +61,27 @@ def take_turns(
     synchronize: Step,
     out_of_time: Callable[[], bool],
     progress: Callable[[], object],
+    failed: Callable[[K, Exception], object],
     least: int = 3,
 ) -> dict[K, list[float]]:
-    """Return seconds of one step in each round, for each contestant.
+    """Return seconds of one step in each round, for each contestant that never failed.
 
     Args:
         steps: A contestant's step and its repeats in a turn.
         rounds: Rounds at most.
         out_of_time: Asked after each round; there are `least` rounds even so.
         progress: Called after each turn.
+        failed: Called with who raised what; it takes no more turns.
     """
     seconds: dict[K, list[float]] = {name: [] for name in steps}
     for done in range(rounds):
         if done >= least and out_of_time():
             break
-        for name, (step, repeats) in steps.items():
-            seconds[name].append(time_step(step, repeats, synchronize))
+        for name in list(seconds):
+            try:
+                seconds[name].append(time_step(*steps[name], synchronize))
+            except Exception as error:  # others' models
+                failed(name, error)
+                del seconds[name]
             progress()
     return seconds
