@@ -22,7 +22,7 @@ from glattn.files import new_folder
 
 SPLITS = {"train": 40000, "val": 1000, "test": 2000}
 PAIRS = 2  # of curves in an image: the one that is marked, and a distractor
-ARMS = 0.125, 0.375  # length of the arms of an image, in sides of the grid: shortest, longest
+ARMS = 0.375  # length of the longest arms, in sides of the grid; the shortest have none
 SCALE = 4  # drawn so many times as large
 MOVES = (-1, 0), (1, 0), (0, -1), (0, 1)
 CORNERS = (0, 0), (0, 2), (2, 2), (2, 0)  # of the square, each beside the next
@@ -42,7 +42,7 @@ def walk(rng: np.random.Generator, free: np.ndarray, begun: Cells, steps: int) -
 
     Args:
         free: ``(side, side)``, cells that nothing else is on or beside.
-        begun: Its first cells, two or more, wherever they are.
+        begun: Its first cells, wherever they are; two or more, if there are to be others.
         steps: Length of the walk, cells.
     """
     side, cells = len(free), list(begun)
@@ -72,13 +72,14 @@ def arms(rng: np.random.Generator, free: np.ndarray, steps: int) -> list[Cells] 
     begun = []
     for y, x in CORNERS:
         away = ((y - 1, 0), (0, x - 1))[rng.integers(2)]
-        begun.append([(top + y + n * away[0], left + x + n * away[1]) for n in range(3)])
-    if not all(min(cell) >= 0 and max(cell) < side and free[cell] for three in begun for cell in three):
+        # straight away from the square first
+        begun.append([(top + y + n * away[0], left + x + n * away[1]) for n in range(min(steps, 2) + 1)])
+    if not all(min(cell) >= 0 and max(cell) < side and free[cell] for first in begun for cell in first):
         return None
     grown = list(begun)
-    for number, three in enumerate(begun):
+    for number, first in enumerate(begun):
         others = [cell for other, cells in enumerate(grown) if other != number for cell in cells]
-        arm = walk(rng, beside(free, square + others), three, steps + 1)
+        arm = walk(rng, beside(free, square + others), first, steps + 1)
         if arm is None:
             return None
         grown[number] = arm
@@ -87,7 +88,7 @@ def arms(rng: np.random.Generator, free: np.ndarray, steps: int) -> list[Cells] 
 
 def pairs(rng: np.random.Generator, side: int) -> list[list[Cells]]:
     """Return the arms of each pair of curves; all are of one length and keep a cell's distance from each other's."""
-    steps = int(rng.integers(round(ARMS[0] * side), round(ARMS[1] * side), endpoint=True))
+    steps = int(rng.integers(0, round(ARMS * side), endpoint=True))
     while True:
         free, found = np.ones((side, side), bool), []
         for _ in range(400):

@@ -30,7 +30,7 @@ from glattn.training.command import resolve
 from glattn.training.config import TrainConfig
 from glattn.training.data import make_loader, open_sources
 from glattn.training.digits import write_digits
-from glattn.training.loop import Trainer
+from glattn.training.loop import Trainer, make_scheduler
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 QUICK = {
@@ -727,3 +727,14 @@ def test_training_on_a_cpu_keeps_what_it_frees():
     if before < 40_000:
         pytest.skip("this C library keeps it by itself")
     assert after < 5_000
+
+
+@pytest.mark.parametrize("schedule", ["step", "multistep"])
+def test_steps_fall_at_each_third_of_the_epochs(schedule):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make_scheduler(TrainConfig(schedule=schedule, epochs=9, warmup_epochs=0, lr=1.0), optimizer, 4)
+    rates = []
+    for update in range(9 * 4 - 1):
+        scheduler.step_update(update + 1)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[::4] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])

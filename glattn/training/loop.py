@@ -398,7 +398,10 @@ class Survive:
 
 
 def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler | None:
-    """Make timm's scheduler, stepped with every update; None leaves the learning rate as it is."""
+    """Make timm's scheduler, stepped with every update; None leaves the learning rate as it is.
+
+    What falls by steps falls tenfold behind each third of the epochs.
+    """
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -407,6 +410,8 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
             warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]  # a fraction works too
             warmup_lr=config.warmup_lr,
             min_lr=config.min_lr,
+            decay_epochs=config.epochs / 3 if config.schedule == "step" else None,
+            decay_milestones=[config.epochs / 3, config.epochs * 2 / 3],  # type: ignore[list-item]
             step_on_epochs=False,
             updates_per_epoch=steps,
         )
