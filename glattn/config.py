@@ -110,7 +110,7 @@ class MixerConfig:
         for name in ("attn_drop", "proj_drop"):
             object.__setattr__(self, name, as_rate(name, getattr(self, name)))
         for name in ("split_ratio", "augment_ratio"):
-            _check_share(name, getattr(self, name))
+            object.__setattr__(self, name, _as_share(name, getattr(self, name)))
         _check_kinds(self)
 
 
@@ -151,7 +151,7 @@ class GLAttnConfig:
             if len(value) != NUM_STAGES or min(value) < 1:
                 raise ValueError(f"{name}={value}; give {NUM_STAGES} positive integers, one a stage")
         ratios = per_stage("mlp_ratio", self.mlp_ratio)
-        if any(isinstance(r, bool) or not isinstance(r, int | float) or r <= 0 for r in ratios):
+        if any(isinstance(r, bool) or not isinstance(r, Real) or r <= 0 for r in ratios):
             raise ValueError(f"mlp_ratio={self.mlp_ratio!r}; give a positive number, or {NUM_STAGES} of them")
         object.__setattr__(self, "mlp_ratio", tuple(float(r) for r in ratios))
         check_choice("abs_pos", self.abs_pos, ("none", "stem", "stages"))
@@ -160,9 +160,11 @@ class GLAttnConfig:
             raise ValueError(
                 f"stem_stride={self.stem_stride!r} is not a stride of the stem; use 4, or 2 for small images"
             )
-        scale = self.layer_scale
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale >= 0:
+        object.__setattr__(self, "stem_stride", int(self.stem_stride))
+        scale: Any = self.layer_scale
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not float(scale) >= 0:
             raise ValueError(f"layer_scale={scale!r}; give a positive number such as 0.1, or 0 to leave it out")
+        object.__setattr__(self, "layer_scale", float(scale))
 
     def replace(self, **options: Any) -> GLAttnConfig:
         """Return this config with options changed: fields of this class, or of `MixerConfig` (one value, or four).
@@ -240,9 +242,10 @@ def per_stage(name: str, value: Any, *, nested: bool = False) -> tuple[Any, ...]
     return tuple(value)
 
 
-def _check_share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+def _as_share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"{name}={value!r}; give a share from 0 to 1")
+    return float(value)
 
 
 def _integers(name: str, value: Any) -> tuple[int, ...]:

@@ -113,10 +113,9 @@ class Proxies:
         return True
 
     def write(self) -> None:
-        """Write all rows, with those that another list has written meanwhile."""
-        mine = {key(row): row for row in self.rows}
-        others = [row for row in read_csv(self.path) if key(row) not in mine]
-        self.rows += others
+        """Write the rows of this list's models, and leave others' as another list may have written them meanwhile."""
+        mine = {key(row): row for model in self.args.models for row in self.rows_of(model)}
+        self.rows = [mine.pop(key(row), row) for row in read_csv(self.path)] + list(mine.values())
         write_csv(self.path, FIELDS, self.rows)
 
     @property
@@ -249,8 +248,11 @@ def tested_split(source: Path) -> str:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return the images in a folder and those below it, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    """Return the images in a folder and those below it, sorted; folders whose names begin with a dot are left out."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
+    )
 
 
 def survey(source: Path) -> tuple[list[str], str]:

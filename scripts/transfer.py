@@ -168,7 +168,7 @@ def choose(source: Path, target: Path, shots: int, seed: int) -> None:
     tests_in, val = (source / "test", val) if has_test(source) else (val, None)
     with new_folder(target) as root:
         for folder in sorted(path for path in train.iterdir() if path.is_dir()):
-            images = images_in(folder)
+            images = [path for path in images_in(folder) if path.parent == folder]
             picked = [images[i] for i in rng.permutation(len(images))]
             count = shots or max(1, len(images) - max(1, len(images) // 5))
             others = images_in(val / folder.name) if val else picked[count:]

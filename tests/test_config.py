@@ -97,9 +97,13 @@ def test_numbers_of_numpy_are_numbers():
     given = {
         "num_classes": np.int64(3),
         "drop_rate": np.float32(0.5),
+        "layer_scale": np.float32(0.5),
+        "split_ratio": np.float32(0.5),
         "in_chans": np.uint8(1),
     }
-    model = timm.create_model("test_glattn", head_dim=np.int32(8), depths=(np.int64(1),) * 4, **given)
+    model = timm.create_model(
+        "test_glattn", head_dim=np.int32(8), depths=(np.int64(1),) * 4, stem_stride=np.int64(2), **given
+    )
     assert model.head.fc.out_features == 3
     json.dumps([model.config.to_dict(), model.num_classes, model.drop_rate])
 

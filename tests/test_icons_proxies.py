@@ -157,10 +157,14 @@ def test_a_later_list_adds_to_what_is_there(proxies):
 
 def test_two_lists_keep_each_others_rows(proxies):
     make, _ = proxies
-    first, second = make("a"), make("b")
+    assert not make("b", end=0).run()
+    assert make("b", lr=[1e-3], seeds=[0]).run()
+    first = make("a")  # it has read that b's first rate is chosen, which another will be
+    assert make("b").run()
     assert first.run()
-    assert second.run()
-    assert {row["model"] for row in run_proxies.read_csv(first.path)} == {"a", "b"}
+    rows = run_proxies.read_csv(first.path)
+    assert {row["model"] for row in rows} == {"a", "b"}
+    assert {row["lr"] for row in rows if row["chosen"] == "yes"} == {"0.002"}
 
 
 def test_a_rate_of_many_digits_finds_its_runs(proxies):

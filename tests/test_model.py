@@ -353,6 +353,28 @@ def test_grad_checkpointing_gives_the_same_gradients_and_statistics(small, momen
         torch.testing.assert_close(b, a, msg=name)
 
 
+def test_grad_checkpointing_takes_a_second_backward_pass():
+    model = randomize(timm.create_model("test_glattn", num_classes=3)).train()
+    model.set_grad_checkpointing()
+    loss = model(torch.randn(2, 3, 64, 64)).square().mean()
+    first = torch.autograd.grad(loss, model.head.fc.weight, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.head.fc.weight), first)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_grad_checkpointing_compiles(fullgraph):
+    model = randomize(timm.create_model("test_glattn", num_classes=3)).train()
+    other, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    other.set_grad_checkpointing()
+    model(x).square().mean().backward()
+    torch.compile(other, backend="aot_eager", fullgraph=fullgraph)(x).square().mean().backward()
+    torch.compiler.reset()
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-4, msg=name)
+    for (name, a), b in zip(model.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("part", [ImprovedLocalAttention, MultiHeadGlobalAttention, GlobalLocalAttention])
 def test_parts_stand_alone(part):
     x = torch.randn(2, 64, 13, 9)

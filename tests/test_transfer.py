@@ -96,11 +96,14 @@ def test_images_of_any_kind_and_splits_of_any_name_are_taken(tmp_path):
     for path in sorted(source.rglob("*.png")):
         path.rename(path.with_suffix(".JPG"))
     (source / "training" / "a" / "notes.txt").write_text("no image")
+    for split in ("training", "validation"):
+        (source / split / "a" / ".ipynb_checkpoints").mkdir()
+        (source / split / "a" / ".ipynb_checkpoints" / "x.png").touch()
     assert run_proxies.tested_split(source) == "validation"
     tested = run_proxies.survey(source)[0]
     assert (len(tested), tested[0]) == (16, "a/validationa0.JPG")
     transfer.choose(source, tmp_path / "few", 3, 0)
-    assert len(list((tmp_path / "few" / "train").rglob("*.JPG"))) == 6
+    assert [len(list((tmp_path / "few" / "train").rglob(f"*.{kind}"))) for kind in ("JPG", "png")] == [6, 0]
     assert len(list((tmp_path / "few" / "test").rglob("*.JPG"))) == 16
     with pytest.raises(FileNotFoundError, match=r"no test/ and no val/"):
         run_proxies.survey(drawings(tmp_path / "alone", "train"))

@@ -1,7 +1,6 @@
 """Convolutions whose BatchNorm folds away: the only normalisation of the family (folding: RepVGG, arXiv:2101.03697)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -35,14 +34,17 @@ def batch_norm(
 _recomputing = ContextVar("recomputing", default=False)
 
 
-@contextmanager
-def recomputing() -> Iterator[None]:
-    """Let every `BatchNorm2d` leave its running statistics as they are: what is computed again was counted before."""
-    before = _recomputing.set(True)
-    try:
-        yield
-    finally:
-        _recomputing.reset(before)
+class Recomputing:
+    """Within it, every `BatchNorm2d` leaves its running statistics as they are: the batch was counted before.
+
+    It can be entered again, as it is by a second backward pass through one graph.
+    """
+
+    def __enter__(self) -> None:
+        self.before = _recomputing.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        _recomputing.reset(self.before)
 
 
 @torch.jit.ignore

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from glattn.config import GLAttnConfig
 from glattn.layers.block import GlobalLocalAttention, GlobalLocalBlock, Mlp
-from glattn.layers.conv import ConvNorm, activate_in_place, activation, recomputing
+from glattn.layers.conv import ConvNorm, Recomputing, activate_in_place, activation
 from glattn.layers.position import AbsolutePosition
 
 
@@ -22,7 +22,7 @@ def ceil_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return what a block is computed in, and what it is computed again in."""
-    return nullcontext(), recomputing()
+    return nullcontext(), Recomputing()
 
 
 class Stem(nn.Sequential):
@@ -127,9 +127,10 @@ class Stage(nn.Module):
         """Return the stage's map."""
         x = self.pos_embed(self.downsample(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            # the compiler itself recomputes no statistics
-            contexts = noop_context_fn if torch.compiler.is_compiling() else _contexts
             for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+                if torch.compiler.is_compiling():  # it knows no contexts, and recomputes no statistics
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = checkpoint(block, x, use_reentrant=False, context_fn=_contexts)
             return x
         return self.blocks(x)

@@ -72,8 +72,11 @@ class Source:
         """Return a digest of the images' classes, and of their paths within the split where they have any."""
         images: list[Any] = self.targets.tolist()
         if hasattr(getattr(self.dataset, "reader", None), "samples"):  # a folder or a .tar
-            paths = (Path(self.dataset.filename(inner)).as_posix() for inner in self.indices.tolist())
-            images = sorted(zip(paths, images, strict=True))
+            reader = self.dataset.reader
+            root = reader.root if hasattr(reader, "class_to_idx") else None  # paths in a .tar are within it
+            paths = (str(self.dataset.filename(inner, absolute=True)) for inner in self.indices.tolist())
+            within = (os.path.normpath(path if root is None else _within(path, root)) for path in paths)
+            images = sorted(zip((path.replace(os.sep, "/") for path in within), images, strict=True))
         return hashlib.sha256(json.dumps(images).encode()).hexdigest()
 
     def loader(self, batches: Sampler[list[tuple[int, int]]], data_config: dict[str, Any], **options: Any) -> Any:
@@ -196,7 +199,7 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     return Source(dataset, np.arange(len(targets)), targets, tuple(names))
 
 
-def _within(path: str, root: Path) -> str:
+def _within(path: str, root: str | Path) -> str:
     """Return what of a path is behind its root."""
     return path[len(os.path.join(root, "")) :]
 
