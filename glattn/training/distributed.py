@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from glattn.layers.conv import counts
 from glattn.memory import keep_freed_memory
 from glattn.training.config import TrainConfig
 
@@ -104,8 +103,6 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         return out
 
     def _update(self, mean: Tensor, var: Tensor) -> None:
-        if not counts():
-            return
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
