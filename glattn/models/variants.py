@@ -30,7 +30,10 @@ VARIANTS: dict[str, GLAttnConfig] = {
     "glattn_large": _size((128, 320, 640, 1280), (3, 3, 25, 3)),
     # one mechanism of the specification each, all else as in glattn_tiny
     "glattn_tiny_rope": _TINY.replace(position="rope"),
-    "glattn_tiny_window": _TINY.replace(layout=("window", "shifted", "window", "full"), position="bias"),
+    # no bias where the whole map is attended: it would grow with the square of the map
+    "glattn_tiny_window": _TINY.replace(
+        layout=("window", "shifted", "window", "full"), position=("bias", "bias", "bias", "conv")
+    ),
     "glattn_tiny_linear": _TINY.replace(layout="full", mechanism="relu_linear"),
     "glattn_tiny_performer": _TINY.replace(layout=("pooled", "full", "full", "full"), mechanism="performer"),
     # the first specification taken literally: dense convolutions, full attention with a relative bias
