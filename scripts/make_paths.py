@@ -11,6 +11,7 @@ Train on whole images, for a crop may lose a mark:
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from glattn.files import new_folder
 SPLITS = {"train": 40000, "val": 1000, "test": 2000}
 PAIRS = 2  # of curves in an image: the one that is marked, and a distractor
 ARMS = 0.375  # length of the longest arms, in sides of the grid; the shortest have none
+CELL = 4  # pixels: a curve is one wide, and three from the next
+LABELS = "apart", "joined"
 SCALE = 4  # drawn so many times as large
 MOVES = (-1, 0), (1, 0), (0, -1), (0, 1)
 CORNERS = (0, 0), (0, 2), (2, 2), (2, 0)  # of the square, each beside the next
@@ -86,9 +89,30 @@ def arms(rng: np.random.Generator, free: np.ndarray, steps: int) -> list[Cells] 
     return grown
 
 
-def pairs(rng: np.random.Generator, side: int) -> list[list[Cells]]:
+def generator(seed: int, split: str, index: int) -> np.random.Generator:
+    """Return what draws an image, each by itself: of any count, the same images."""
+    return np.random.default_rng([seed, list(SPLITS).index(split), index])
+
+
+def arm_length(rng: np.random.Generator, pixels: int) -> int:
+    """Return the length of the arms of an image, in cells: the first thing that is drawn."""
+    return int(rng.integers(0, round(ARMS * (pixels // CELL)), endpoint=True))
+
+
+def name(seed: int, index: int) -> str:
+    """Return where an image lies within its split."""
+    return f"{LABELS[index % 2]}/s{seed}-{index:06d}.png"
+
+
+def digest(seed: int) -> str:
+    """Return the digest of the whole set's names, by which run_proxies.py knows it."""
+    names = (f"{split}/{name(seed, index)}" for split, count in SPLITS.items() for index in range(count))
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
+
+
+def pairs(rng: np.random.Generator, pixels: int) -> list[list[Cells]]:
     """Return the arms of each pair of curves; all are of one length and keep a cell's distance from each other's."""
-    steps = int(rng.integers(0, round(ARMS * side), endpoint=True))
+    steps, side = arm_length(rng, pixels), pixels // CELL
     while True:
         free, found = np.ones((side, side), bool), []
         for _ in range(400):
@@ -104,10 +128,9 @@ def pairs(rng: np.random.Generator, side: int) -> list[list[Cells]]:
 
 def image(rng: np.random.Generator, joined: bool, pixels: int) -> Image.Image:
     """Return one image: grey curves on white, a black disc at each marked end."""
-    side = pixels // 4  # a curve is a pixel wide, and three from the next
-    drawn = pairs(rng, side)
+    drawn = pairs(rng, pixels)
     size = pixels * SCALE
-    cell = size / side
+    cell = size / (pixels // CELL)
     canvas = Image.new("L", (size, size), 255)
     pen = ImageDraw.Draw(canvas)
 
@@ -139,13 +162,12 @@ def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> No
     if pixels < 48:
         raise ValueError(f"{pixels} pixels are too few for {2 * PAIRS} curves: give 48 or more")
     with new_folder(folder) as root:
-        for number, (split, count) in enumerate(counts.items()):
-            for label in ("apart", "joined"):
+        for split, count in counts.items():
+            for label in LABELS:
                 (root / split / label).mkdir(parents=True)
             for index in tqdm(range(count), desc=f"drawing {split}", leave=False, disable=None):
-                rng = np.random.default_rng([seed, number, index])  # each image by itself: any count, the same images
-                label = "joined" if index % 2 else "apart"
-                image(rng, label == "joined", pixels).save(root / split / label / f"s{seed}-{index:06d}.png")
+                drawn = image(generator(seed, split, index), bool(index % 2), pixels)
+                drawn.save(root / split / name(seed, index))
 
 
 def main() -> int:

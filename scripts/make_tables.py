@@ -8,10 +8,13 @@ import csv
 import dataclasses
 import tempfile
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
+import make_paths
 import timm
 from make_weights import chain
+from run_proxies import unpack
 from transfer import TASKS
 
 from glattn.benchmark.contestant import split_options
@@ -19,6 +22,7 @@ from glattn.files import write_text
 from glattn.hub.card import model_card, read_record
 from glattn.hub.local_dir import save_config
 from glattn.listing import describe
+from glattn.models.variants import VARIANTS
 from glattn.models.weights import HUB
 from glattn.training.fractals import SAMPLES
 
@@ -75,6 +79,10 @@ def sizes() -> str:
     rows = []
     for size in CONVNEXT:
         (mine, macs), (theirs, their_macs) = count(f"glattn_{size}"), count(f"convnext_{size}")
+        if any(
+            abs(float(row["params_m"]) - mine) > 0.01 * mine for row in measured if row["model"] == f"glattn_{size}"
+        ):
+            raise ValueError(f"docs/results/speed-{size}/rows.csv is of another glattn_{size}: measure it again")
         faster = [speeds[f"glattn_{size}", case] for case in CASES[:2]]
         rows.append([f"`glattn_{size}`", f"{mine:.1f}", f"{macs:.2f}", f"{theirs:.1f}, {their_macs:.2f}", *faster])
     head = ["model", "parameters (M)", "GMACs at 224", "ConvNeXt of that name (M, GMACs)", "batch 1", "batch 8"]
@@ -223,7 +231,8 @@ def searched(folder: str) -> str:
     rows = []
     for name in sorted(found["emoji"].keys() | found["icons100"].keys()):
         model, options = split_options(name)
-        cells = [model.removeprefix("glattn_"), *(_dashed(options.pop(key)) for key in shown)]
+        cells = [model.removeprefix("glattn_")]
+        cells += [_dashed(options.pop(key, getattr(VARIANTS[model], key))) for key in shown]
         cells.append(", ".join(f"{key} {value!r}" for key, value in options.items()))
         parameters, macs = count(name)
         cells += [f"{parameters:.1f}", f"{macs:.2f}"]
@@ -290,14 +299,31 @@ def drawings(folder: str, size: str, speeds_in: str) -> str:
     return markdown(head, rows)
 
 
-def designs(folder: str) -> str:
-    """Return the accuracy of designs of one model, and how far the first is above each."""
-    compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv")}
+def paths(pixels: int) -> str:
+    """Return the accuracy of designs of one model on Paths, whole and by the length of the arms."""
+    folder = f"paths{pixels}"
+    by_model = runs_by_model(folder)
+    compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv") if row["model"] == next(iter(by_model))}
+    if {run["digest"] for runs in by_model.values() for run in runs} != {make_paths.digest(0)}:
+        raise ValueError(f"docs/results/{folder}/runs.csv is of other images than make_paths.py draws now")
+    count, longest = make_paths.SPLITS["test"], round(make_paths.ARMS * (pixels // make_paths.CELL))
+    images = sorted(make_paths.name(0, index) for index in range(count))
+    lengths = {
+        make_paths.name(0, index): make_paths.arm_length(make_paths.generator(0, "test", index), pixels)
+        for index in range(count)
+    }
+    bounds = [0, *(round(longest * part / 3) for part in (1, 2, 3))]
+    spans = [(low + (low > 0), high) for low, high in pairwise(bounds)]
     rows = []
-    for name, runs in runs_by_model(folder).items():
-        cells = [f"`{name}`", f"{float(runs[0]['parameters']) / 1e6:.1f}", top1_by_seed(runs)]
-        rows.append([*cells, *difference(compared.get(name, {}))])
-    return markdown(("design", "parameters (M)", "top-1 by seed", "the first less this", "95%", ""), rows)
+    for design, runs in by_model.items():
+        right = [unpack(run["answers"], images) for run in runs]
+        cells = [f"`{design}`", f"{float(runs[0]['parameters']) / 1e6:.1f}", top1_by_seed(runs)]
+        for low, high in spans:
+            asked = [run[image] for run in right for image in images if low <= lengths[image] <= high]
+            cells.append(f"{100 * sum(asked) / len(asked):.0f}")
+        rows.append([*cells, *difference(compared.get(design, {}))])
+    arms = [f"arms of {low} to {high}" for low, high in spans]
+    return markdown(("design", "parameters (M)", "top-1 by seed", *arms, "the first less this", "95%", ""), rows)
 
 
 def ablation() -> str:
@@ -430,7 +456,7 @@ def results() -> str:
         "deployment": deployment(),
         "modes": modes(),
         **{folder: drawings(folder, *beside) for folder, beside in DRAWINGS.items()},
-        "paths64": designs("paths64"),
+        **{f"paths{pixels}": paths(pixels) for pixels in (64, 128)},
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),
