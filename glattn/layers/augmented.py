@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from glattn.layers.conv import ConvNorm, MultiScaleConv, num_groups
 from glattn.layers.layout import upsample
 from glattn.layers.position import at_least_two, precise
+from glattn.layers.tracing import sizes_are_known
 
 torch.fx.wrap("upsample")  # torch.fx looks for wrapped functions by the file that calls them
 
@@ -24,11 +25,7 @@ torch.fx.wrap("upsample")  # torch.fx looks for wrapped functions by the file th
 def offset_embedding(table: Tensor, length: int) -> Tensor:
     """Return ``out[query, key] = table[key - query]``, ``(length, length, D)``, from a ``(2 R - 1, D)`` table."""
     rows = 2 * at_least_two(length) - 1
-    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-        same = table.shape[0] == rows
-    else:
-        same = False
-    if not same:
+    if not (sizes_are_known() and table.shape[0] == rows):
         wide = table.to(precise(table)).t().unsqueeze(0)
         wide = F.interpolate(wide, size=[rows], mode="linear", align_corners=True)
         table = wide.squeeze(0).t().to(table.dtype)

@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from glattn.layers import onednn
+from glattn.layers.tracing import sizes_are_known
 
 
 @torch.fx.wrap
@@ -116,7 +117,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     as long, and eight times as long on a map of one cell. In training in fp32 it gains of fewer cells only. And on CUDA
     in half precision, in inference: there cuDNN adds the bias in a pass of its own. In training the two are level.
     """
-    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+    if sizes_are_known():
         rows = x.permute(0, 2, 3, 1)
         # contiguous: in channels_last memory, asked in a way that vmap can answer
         if x.device.type == "cpu" and rows.is_contiguous():

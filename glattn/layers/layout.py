@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glattn.config import MixerConfig
+from glattn.layers.tracing import sizes_are_known
 
 
 @torch.fx.wrap
 def upsample(x: Tensor, height: int, width: int) -> Tensor:
     """Return the map resized to ``height x width`` cells, bilinearly; the map itself where it has that size."""
-    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+    if sizes_are_known():
         if x.shape[2] == height and x.shape[3] == width:
             return x
     return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
@@ -73,9 +74,7 @@ def put(tokens: Tensor, index: Tensor, batch: int, height: int, width: int) -> T
 @torch.fx.wrap
 def key_mask(exists: Tensor, outside: list[int]) -> Tensor | None:
     """Return which keys exist, ``(groups, cells)``; None where no cell lies ``outside`` the map on any side."""
-    if torch.jit.is_scripting() or not (
-        torch.jit.is_tracing() or torch.compiler.is_compiling()
-    ):  # a traced size must not be branched on
+    if sizes_are_known():
         if max(outside) == 0:
             return None
     return exists

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from glattn.config import MixerConfig
 from glattn.layers.position import precise
+from glattn.layers.tracing import sizes_are_known
 
 
 def autocasts(x: Tensor) -> bool:
@@ -191,7 +192,7 @@ class Performer(nn.Module):
 @torch.fx.wrap
 def resize_projection(projection: Tensor, tokens: int) -> Tensor:
     """Return a ``(rank, tokens)`` projection resized along its tokens, keeping what it makes of a constant."""
-    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+    if sizes_are_known():
         if projection.shape[1] == tokens:
             return projection
     wide = projection.to(precise(projection)).unsqueeze(0)

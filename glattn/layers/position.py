@@ -17,6 +17,7 @@ from timm.layers import apply_rot_embed_cat, trunc_normal_
 from torch import Tensor, nn
 
 from glattn.layers.conv import ConvNorm, folded, like
+from glattn.layers.tracing import sizes_are_known
 
 
 class NoPosition(nn.Module):
@@ -56,7 +57,7 @@ def resize_table(table: Tensor, height: int, width: int) -> Tensor:
     A reach is at least 2: a single row would be resized from the table's edge.
     """
     rows, columns = 2 * at_least_two(height) - 1, 2 * at_least_two(width) - 1
-    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+    if sizes_are_known():
         if table.shape[1] == rows and table.shape[2] == columns:
             return table
     wide = table.to(precise(table)).unsqueeze(0)
@@ -310,7 +311,7 @@ class AbsolutePosition(nn.Module):
 @torch.fx.wrap
 def resize_map(table: Tensor, height: int, width: int) -> Tensor:
     """Return a ``(1, C, h, w)`` table resized to ``height x width`` cells, bicubically; itself where it fits."""
-    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+    if sizes_are_known():
         if table.shape[2] == height and table.shape[3] == width:
             return table
     wide = F.interpolate(table.to(precise(table)), size=(height, width), mode="bicubic", align_corners=False)
