@@ -11,7 +11,6 @@ Train on whole images, for a crop may lose a mark:
 """
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
@@ -102,12 +101,6 @@ def arm_length(rng: np.random.Generator, pixels: int) -> int:
 def name(seed: int, index: int) -> str:
     """Return where an image lies within its split."""
     return f"{LABELS[index % 2]}/s{seed}-{index:06d}.png"
-
-
-def digest(seed: int) -> str:
-    """Return the digest of the whole set's names, by which run_proxies.py knows it."""
-    names = (f"{split}/{name(seed, index)}" for split, count in SPLITS.items() for index in range(count))
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
 
 
 def pairs(rng: np.random.Generator, pixels: int) -> list[list[Cells]]:

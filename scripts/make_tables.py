@@ -14,7 +14,7 @@ from pathlib import Path
 import make_paths
 import timm
 from make_weights import chain
-from run_proxies import unpack
+from run_proxies import digest_of, unpack
 from transfer import TASKS
 
 from glattn.benchmark.contestant import split_options
@@ -304,14 +304,15 @@ def paths(pixels: int) -> str:
     folder = f"paths{pixels}"
     by_model = runs_by_model(folder)
     compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv") if row["model"] == next(iter(by_model))}
-    if {run["digest"] for runs in by_model.values() for run in runs} != {make_paths.digest(0)}:
+    names = (f"{split}/{make_paths.name(0, n)}" for split, count in make_paths.SPLITS.items() for n in range(count))
+    if {run["digest"] for runs in by_model.values() for run in runs} != {digest_of(names)}:
         raise ValueError(f"docs/results/{folder}/runs.csv is of other images than make_paths.py draws now")
     count, longest = make_paths.SPLITS["test"], round(make_paths.ARMS * (pixels // make_paths.CELL))
-    images = sorted(make_paths.name(0, index) for index in range(count))
     lengths = {
         make_paths.name(0, index): make_paths.arm_length(make_paths.generator(0, "test", index), pixels)
         for index in range(count)
     }
+    images = sorted(lengths)
     bounds = [0, *(round(longest * part / 3) for part in (1, 2, 3))]
     spans = [(low + (low > 0), high) for low, high in pairwise(bounds)]
     rows = []

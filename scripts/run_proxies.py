@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -261,14 +262,19 @@ def survey(source: Path) -> tuple[list[str], str]:
     Raises:
         FileNotFoundError: There are none, or none to test on.
     """
-    names = [str(path.relative_to(source)) for path in images_in(source)]
+    names = sorted(str(path.relative_to(source)) for path in images_in(source))
     if not names:
         raise FileNotFoundError(f"{source}: no images; scripts/make_icons.py, make_emoji.py, make_paths.py draw them")
     split = f"{tested_split(source)}/"
     tested = [name.removeprefix(split) for name in names if name.startswith(split)]
     if not tested:
         raise FileNotFoundError(f"{source}: no images in {split} to test on")
-    return sorted(tested), hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
+    return tested, digest_of(names)
+
+
+def digest_of(names: Iterable[str]) -> str:
+    """Return a digest of the names of a set's images, by which rows tell sets apart."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
 
 
 def pack(right: dict[str, bool], images: list[str]) -> str:
