@@ -29,7 +29,8 @@ class MixerConfig:
         kernel_sizes: Odd kernel sizes of the local branch's parallel convolutions, in cells.
         local_groups: ``depthwise``, ``dense``, or the number of groups of those convolutions.
         local_gate: Channel gate behind them: ``se``, ``eca`` or ``none``.
-        augment_ratio: Share of the local branch's channels that attention provides under ``local="augmented"``.
+        augment_ratio: Share of the local branch's channels that attention provides under ``local="augmented"``, in
+            multiples of eight channels: of 16 channels a quarter is none.
         num_heads: Attention heads; ``None`` takes the branch's width over ``head_dim``.
         head_dim: Channels a head, where ``num_heads`` is ``None``.
         layout: Which cells see which: ``full``, ``pooled``, ``window``, ``shifted``, ``grid``, ``overlap``,
@@ -53,7 +54,7 @@ class MixerConfig:
         lsh_rounds: Hash rounds of ``mechanism="reformer"``.
         cross_window: Exchange between windows behind the attention: ``none`` or ``strip``.
         context: Global context block behind the fusion: ``none`` or ``gc``.
-        attn_drop: Dropout rate of the attention weights.
+        attn_drop: Dropout rate of the attention weights, which softmax and Linformer alone have.
         proj_drop: Dropout rate of the mixer's output.
 
     Raises:

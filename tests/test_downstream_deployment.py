@@ -120,6 +120,21 @@ def test_nor_that_of_any_variant(name):
     assert {name: rank for name, rank in ranks.items() if rank > MOST_DIMENSIONS} == {}
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("position", ["rope", "rope_mixed"])
+def test_the_older_exporter_to_onnx_turns_as_we_do(position, tmp_path):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = randomize(timm.create_model("test_glattn", num_classes=3, position=position, layout="full")).eval()
+    image = torch.randn(2, 3, 64, 96)
+    torch.onnx.export(model, (image,), str(tmp_path / "model.onnx"), dynamo=False, input_names=["image"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), model(image), rtol=1e-3, atol=1e-4
+        )
+
+
 @pytest.mark.export
 def test_nor_that_of_the_onnx_file(model, tmp_path):
     onnx = pytest.importorskip("onnx")

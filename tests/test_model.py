@@ -12,6 +12,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.utils import AttentionExtract, reparameterize_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import glattn
@@ -351,6 +352,19 @@ def test_grad_checkpointing_gives_the_same_gradients_and_statistics(small, momen
         torch.testing.assert_close(b.grad, a.grad, msg=name)
     for (name, a), b in zip(small.named_buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(b, a, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_by_others_counts_a_batch_once_too(reentrant):
+    model = randomize(timm.create_model("test_glattn", features_only=True)).train()
+    by_timm, by_torch = copy.deepcopy(model), copy.deepcopy(model)
+    by_timm.set_grad_checkpointing()
+    x = torch.randn(2, 3, 64, 64, requires_grad=True)
+    for maps in (model(x), by_timm(x), checkpoint(lambda x: tuple(by_torch(x)), x, use_reentrant=reentrant)):
+        sum(x.square().mean() for x in maps).backward()
+    for (name, a), *others in zip(model.named_buffers(), by_timm.buffers(), by_torch.buffers(), strict=True):
+        for b in others:
+            torch.testing.assert_close(b, a, msg=name)
 
 
 def test_grad_checkpointing_takes_a_second_backward_pass():

@@ -9,12 +9,14 @@ import timm
 import torch
 from hub_client import Client, Failed, environment
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from timm.models import load_checkpoint
 
 import glattn
 from glattn.benchmark.folding import observe
 from glattn.hub import push
 from glattn.hub.card import read_record
+from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.weights import HUB, check_digest, source_overlay
 from glattn.training.classifier import open_checkpoint
 from glattn.training.fractals import SAMPLES
@@ -179,9 +181,11 @@ def test_the_users_source_comes_before_them(create, source, hub_client, tmp_path
 @pytest.mark.parametrize(
     ("given", "cleared"),
     [
-        ({"url": "u"}, {"file", "hf_hub_id"}),
-        ({"hf_hub_id": "r"}, {"file"}),
-        ({"hf_hub_filename": "f"}, {"file"}),
+        ({"url": "u"}, {"file", "hf_hub_id", "label_names"}),
+        ({"hf_hub_id": "r"}, {"file", "label_names"}),
+        ({"hf_hub_filename": "f"}, {"file", "label_names"}),
+        ({"file": "f"}, {"label_names"}),
+        ({"file": "f", "label_names": ("a", "b")}, set()),
         ({"hf_hub_id": None}, set()),
         ({"num_classes": 3}, set()),
         (None, set()),
@@ -196,6 +200,31 @@ def test_an_overlays_source_is_the_only_one(given, cleared):
 def test_a_classifier_of_theirs_names_fractals():
     names = open_checkpoint("glattn_atto").class_names
     assert names == FractalSource.of(1, fixed=True, side=64).class_names
+
+
+def test_other_weights_carry_no_names_of_fractals(tmp_path):
+    ours = timm.create_model("glattn_atto", pretrained=True)
+    assert len(ours.pretrained_cfg["label_names"]) == 1000
+    ours.reset_classifier(1000)
+    save_file(ours.state_dict(), tmp_path / "mine.safetensors")
+    overlay = {"file": str(tmp_path / "mine.safetensors")}
+    for model in (
+        ours,
+        timm.create_model("glattn_atto"),
+        timm.create_model("glattn_atto", pretrained=True, pretrained_cfg_overlay=overlay),
+        timm.create_model("glattn_atto", checkpoint_path=str(tmp_path / "mine.safetensors")),
+    ):
+        assert not model.pretrained_cfg.get("label_names")
+    push(ours, "org/mine", dry_run=tmp_path / "pushed")
+    assert "fractal0" not in (tmp_path / "pushed" / "config.json").read_text()
+
+
+def test_timms_own_loader_takes_any_file_by_the_familys_filter(tmp_path):
+    mine = timm.create_model("glattn_atto")
+    save_file(mine.state_dict(), tmp_path / "mine.safetensors")
+    model = timm.create_model("glattn_atto", pretrained=True)
+    load_checkpoint(model, str(tmp_path / "mine.safetensors"), filter_fn=checkpoint_filter_fn)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in mine.state_dict().items())
 
 
 def test_no_path_of_theirs_travels_on(tmp_path):

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,7 +87,7 @@ def _load_exactly(model: nn.Module, path: Path) -> None:
         cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         size = (model.in_chans, *cfg["input_size"][1:])
         cfg.update(file=str(path), source=None, num_classes=model.num_classes, input_size=size)
-        checks = checkpoint_filter_fn
+        checks = partial(checkpoint_filter_fn, named=True)
     with plain_errors(str(path)):
         load_checkpoint(model, str(path), filter_fn=checks)
 

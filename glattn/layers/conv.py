@@ -1,7 +1,6 @@
 """Convolutions whose BatchNorm folds away: the only normalisation of the family (folding: RepVGG, arXiv:2101.03697)."""
 
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -32,33 +31,17 @@ def batch_norm(
     return F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
 
 
-_recomputing = ContextVar("recomputing", default=False)
-
-
-class Recomputing:
-    """Within it, every `BatchNorm2d` leaves its running statistics as they are: the batch was counted before.
-
-    It can be entered again, as it is by a second backward pass through one graph.
-    """
-
-    def __enter__(self) -> None:
-        self.before = _recomputing.set(True)
-
-    def __exit__(self, *_: object) -> None:
-        _recomputing.reset(self.before)
-
-
 @torch.jit.ignore
 def counts() -> bool:
-    """Tell whether a batch is one that running statistics have not seen."""
-    return torch.compiler.is_compiling() or not _recomputing.get()
+    """Tell whether a batch is new to running statistics: in a backward pass, checkpointing computes it once more."""
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """torch's BatchNorm2d that also trains at batch 1 on a 1x1 map, where a channel has no variance.
 
     There, and only there, it normalises by its running statistics and leaves them as they are. Under gradient
-    checkpointing a batch counts once.
+    checkpointing, whosever, a batch counts once.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)

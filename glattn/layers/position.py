@@ -185,7 +185,8 @@ def rotate(x: Tensor, frequencies: Tensor, num_heads: int) -> Tensor:
     frequencies = frequencies.to(precise(x))
     rows = torch.arange(height, device=x.device, dtype=frequencies.dtype).reshape(-1, 1, 1, 1)
     columns = torch.arange(width, device=x.device, dtype=frequencies.dtype).reshape(1, -1, 1, 1)
-    angles = (rows * frequencies[0] + columns * frequencies[1]).flatten(0, 1).repeat_interleave(2, -1)
+    angles = (rows * frequencies[0] + columns * frequencies[1]).flatten(0, 1)
+    angles = torch.stack([angles, angles], -1).flatten(2)  # repeat_interleave: wrong in the older export to ONNX
     table = torch.cat([angles.sin(), angles.cos()], -1)
     tokens = x.flatten(2).transpose(1, 2).reshape(-1, height * width, num_heads, dim // num_heads)
     turned = apply_rot_embed_cat(tokens, table).to(x.dtype)
@@ -195,7 +196,8 @@ def rotate(x: Tensor, frequencies: Tensor, num_heads: int) -> Tensor:
 class AxialRotary(NoPosition):
     """Queries and keys turned by angles that grow with y in half of the channel pairs, with x in the other half.
 
-    Scores then depend on offsets alone; norms are kept. Frequencies fall from 1 to 1/100 radians a cell.
+    Scores then depend on offsets alone; norms are kept. Frequencies fall from 1 radian a cell towards 1/100,
+    the nearer to it the wider a head is.
 
     Raises:
         ValueError: ``head_dim`` is no multiple of 4.

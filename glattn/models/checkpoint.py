@@ -34,6 +34,7 @@ def checkpoint_filter_fn(
     state_dict: Mapping[str, Any],
     model: nn.Module,
     *,
+    named: bool = False,
     features_only: bool = False,
     cache_dir: str | Path | None = None,
 ) -> dict[str, Tensor]:
@@ -45,6 +46,7 @@ def checkpoint_filter_fn(
     Args:
         state_dict: What the file holds.
         model: The model to be filled, whole: timm cuts it down for ``features_only`` after loading.
+        named: The file is the one that the model's ``pretrained_cfg`` names; its digest is checked.
         features_only: The classifier is not wanted, so its shape does not matter.
         cache_dir: Where the Hub's files are kept, if not in the Hub's own cache.
 
@@ -52,7 +54,7 @@ def checkpoint_filter_fn(
         ValueError: A key is missing, unexpected, of another shape or type, not finite, or damaged.
     """
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    path, source = weights_file(cfg, cache_dir)
+    path, source = weights_file(cfg, cache_dir) if named else (None, "checkpoint")
     tensors = unwrap(state_dict, source)
     check_finite(tensors, source)
     if path is not None:

@@ -1,13 +1,13 @@
 """GLAttn, the hierarchical global-local backbone, as timm knows models: its contract, default cfgs, entry points."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
@@ -193,6 +193,8 @@ class GLAttn(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
+        if cfg := getattr(self, "pretrained_cfg", None):
+            cfg.pop("label_names", None)
 
     def forward_intermediates(
         self,
@@ -311,7 +313,8 @@ default_cfgs = generate_default_cfgs(dict(map(_variant_cfg, VARIANTS)))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    kwargs["pretrained_cfg_overlay"] = source_overlay(kwargs.get("pretrained_cfg_overlay"))
+    own = not isinstance(kwargs.get("pretrained_cfg"), Mapping | PretrainedCfg)
+    kwargs["pretrained_cfg_overlay"] = source_overlay(kwargs.get("pretrained_cfg_overlay"), loads=pretrained or not own)
     source = {name: kwargs.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
     with reading_checkpoint(variant, pretrained, **source):
         return build_model_with_cfg(
@@ -325,6 +328,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
             },
             pretrained_filter_fn=partial(
                 checkpoint_filter_fn,
+                named=True,
                 features_only=kwargs.get("features_only", False),
                 cache_dir=kwargs.get("cache_dir"),
             ),

@@ -1,7 +1,6 @@
 """Stem and stages of the backbone: what `GLAttn` strings together, each owning all that happens to its map."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from glattn.config import GLAttnConfig
 from glattn.layers.block import GlobalLocalAttention, GlobalLocalBlock, Mlp
-from glattn.layers.conv import ConvNorm, Recomputing, activate_in_place, activation
+from glattn.layers.conv import ConvNorm, activate_in_place, activation
 from glattn.layers.position import AbsolutePosition
 
 
@@ -18,11 +17,6 @@ def ceil_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
     """Return the size of a map behind convolutions of this stride in all: each halves, rounding up."""
     height, width = (-(-side // stride) for side in size)
     return height, width
-
-
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return what a block is computed in, and what it is computed again in."""
-    return nullcontext(), Recomputing()
 
 
 class Stem(nn.Sequential):
@@ -128,9 +122,6 @@ class Stage(nn.Module):
         x = self.pos_embed(self.downsample(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for block in self.blocks:
-                if torch.compiler.is_compiling():  # it knows no contexts, and recomputes no statistics
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = checkpoint(block, x, use_reentrant=False, context_fn=_contexts)
+                x = checkpoint(block, x, use_reentrant=False)
             return x
         return self.blocks(x)
