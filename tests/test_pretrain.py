@@ -207,6 +207,7 @@ def test_a_run_on_several_fractals_goes_on_from_one_on_single_ones(tmp_path, mon
         (["--data", "photos"], "leave data out"),
         (["dataset=digits"], "glattn train"),
         ([*TINY, "model_args.in_chans=1"], "RGB"),
+        ([*TINY, "interpolation=bogus"], "interpolation='bogus'"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_line(arguments, word, capsys):

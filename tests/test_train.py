@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from glattn.cli import main
+from glattn.models.weights import save_weights
 from glattn.training import build
 from glattn.training.command import resolve
 from glattn.training.config import TrainConfig
@@ -542,11 +544,11 @@ def test_class_weights_balance_the_loss(tmp_path):
     train, _ = open_sources(TrainConfig(data=str(tmp_path / "data"), val_fraction=0.2))
     config = TrainConfig(**QUICK, class_weights="balanced", label_smoothing=0.0)
     model = build.build_model(config, 2)
-    task = build.build_task(config, model, train.class_counts(), CPU)
+    task = build.build_task(config, model, train.class_names, train.class_counts(), CPU)
     weight = task.criterion.weight
     assert train.class_counts().tolist() == [1, 5]
     assert torch.allclose(weight * torch.tensor([1.0, 5.0]), torch.tensor([3.0, 3.0]))
-    plain = build.build_task(TrainConfig(**QUICK), model, train.class_counts(), CPU)
+    plain = build.build_task(TrainConfig(**QUICK), model, train.class_names, train.class_counts(), CPU)
     assert plain.criterion.weight is None
 
 
@@ -651,6 +653,29 @@ def test_start_from_a_checkpoint_with_other_classes(trainer, tmp_path):
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "start.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as weights"):
         trainer(checkpoint=str(tmp_path / "torn.safetensors"))
+    save_weights(source, tmp_path / "ours.safetensors")
+    content = bytearray((tmp_path / "ours.safetensors").read_bytes())
+    content[-100] ^= 1
+    (tmp_path / "ours.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        trainer(checkpoint=str(tmp_path / "ours.safetensors"))
+    source.stem.conv1.bn.weight.data[0] = math.nan
+    save_file(source.state_dict(), tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match=r"stem.conv1.bn.weight has 1 of .* NaN"):
+        trainer(checkpoint=str(tmp_path / "nan.safetensors"))
+
+
+def test_a_run_goes_on_without_what_it_started_from(trainer, tmp_path):
+    start = tmp_path / "start.safetensors"
+    save_file(timm.create_model("test_glattn", num_classes=3).state_dict(), start)
+    first = trainer(checkpoint=str(start), epochs=1)
+    first.run()
+    start.unlink()
+    options = {"checkpoint": str(start), "epochs": 2, "run": str(first.folder)}
+    went_on = trainer(**options, resume="auto")
+    assert went_on.progress.epoch == 1
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        trainer(**options | {"run": str(tmp_path / "anew")}, resume="auto")
 
 
 # --- distillation ---------------------------------------------------------------------------------------------
@@ -681,6 +706,25 @@ def test_logit_distillation_teaches_what_the_teacher_believes(model, wrong_teach
     predictions = t.validate()
     assert (predictions.predicted == (predictions.target + 1) % 3).mean() > 0.9  # not what the folders say
     assert not moved(t.task.teacher, before)
+
+
+def test_a_teacher_without_these_classes_has_no_logits_to_teach(trainer, wrong_teacher, tmp_path):
+    save_file(timm.create_model("test_resnet", num_classes=11).state_dict(), tmp_path / "other.safetensors")
+    for teacher in (
+        {"teacher": "test_resnet", "teacher_checkpoint": str(tmp_path / "other.safetensors")},
+        {"teacher": "glattn_atto"},  # of a thousand fractals
+    ):
+        with pytest.raises(ValueError, match="no classifier of the data's 3 classes"):
+            trainer(**teacher)
+        trainer(**teacher, distill="features")
+    folder = Path(wrong_teacher).parent
+    trainer(teacher=f"local-dir:{folder}")
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"].reverse()
+    shutil.copytree(folder, tmp_path / "turned")
+    (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no classifier of the data's 3 classes"):
+        trainer(teacher=f"local-dir:{tmp_path / 'turned'}")
 
 
 @MODELS

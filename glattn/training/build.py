@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistilla
 from torch import nn
 
 import glattn  # noqa: F401  (registers the family)
+from glattn.models.weights import check_digest, check_finite
 from glattn.training.config import TrainConfig
 
 
-def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
+def build_model(config: TrainConfig, num_classes: int, *, start: bool = True) -> nn.Module:
     """Create the model of a run, with its starting weights and what is frozen of it.
+
+    Args:
+        config: The run's.
+        num_classes: Of the data.
+        start: Read the weights to start from, if any; a run that goes on has its own.
 
     Raises:
         ValueError: The model or one of its options is unknown, or the weights are of another model.
@@ -30,7 +37,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     arguments = dict(config.model_args)
     if config.drop_path_rate:
         arguments["drop_path_rate"] = config.drop_path_rate
-    own = {"pretrained": config.pretrained, "num_classes": num_classes, "drop_rate": config.drop_rate}
+    own = {"pretrained": config.pretrained and start, "num_classes": num_classes, "drop_rate": config.drop_rate}
     if twice := sorted(own.keys() & arguments.keys()):
         raise ValueError(f"model_args.{twice[0]}: take it out; classes are the data's, the others keys of the recipe")
     arguments |= own
@@ -41,7 +48,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
             model.set_input_size(img_size=(size, size))
         else:
             model = create(config.model, img_size=size, **arguments)
-    if config.checkpoint:
+    if config.checkpoint and start:
         load_weights(model, config.checkpoint)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
@@ -60,15 +67,20 @@ def create(name: str, **arguments: Any) -> Any:
         raise ValueError(f"model {name!r}: {' '.join(str(error).split())[:300]}") from None
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Fill a model from a file; only a classifier of other sizes is left as it is."""
+def load_weights(model: nn.Module, path: str) -> bool:
+    """Fill a model from a file; only a classifier of other sizes is left as it is. Tell whether the file filled it too.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, of another model, or holds values that are not finite.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path!r}")
     try:
-        weights = dict(load_state_dict(path, device="cpu", weights_only=True))
+        read = load_state_dict(path, device="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
-    own = model.state_dict()
+    own, weights = model.state_dict(), dict(read)
     classifier = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     for name in [n for n, value in weights.items() if n in own and n.startswith(heads) and value.shape != own[n].shape]:
@@ -79,7 +91,10 @@ def load_weights(model: nn.Module, path: str) -> None:
     for what, names in (("lacks", missing), ("has unknown", unknown), ("has of another size", other)):
         if names:
             raise ValueError(f"{path} is of another model: it {what} {names[0]!r} ({len(names)} in all)")
+    check_finite(weights, path)
+    check_digest(read, Path(path))
     model.load_state_dict(weights, strict=False)
+    return all(name in weights for name in own if name.startswith(heads))
 
 
 def _freeze(model: Any, what: str) -> None:
@@ -110,7 +125,31 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def build_task(config: TrainConfig, model: nn.Module, counts: np.ndarray, device: torch.device) -> TrainingTask:
+def build_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
+    """Create the model that is distilled from.
+
+    Raises:
+        ValueError: Its logits are matched, but it comes without a classifier of these classes.
+    """
+    given = config.teacher_checkpoint or config.teacher
+    teacher = create(config.teacher, pretrained=not config.teacher_checkpoint, num_classes=len(class_names))
+    if config.teacher_checkpoint:
+        knows = load_weights(teacher, config.teacher_checkpoint)
+    else:
+        names = teacher.pretrained_cfg.get("label_names")
+        knows = teacher.pretrained_cfg.get("num_classes") == len(class_names)
+        knows = knows and (not names or isinstance(names, dict) or list(names) == list(class_names))
+    if config.distill == "logits" and not knows:
+        raise ValueError(
+            f"teacher {given!r}: no classifier of the data's {len(class_names)} classes, so its logits say nothing; "
+            "train it on these images first (teacher_checkpoint=FILE), or take distill=features"
+        )
+    return teacher
+
+
+def build_task(
+    config: TrainConfig, model: nn.Module, class_names: Sequence[str], counts: np.ndarray, device: torch.device
+) -> TrainingTask:
     """Create timm's task: classification, or distillation from a teacher."""
     weight = None
     if config.class_weights == "balanced":
@@ -123,11 +162,7 @@ def build_task(config: TrainConfig, model: nn.Module, counts: np.ndarray, device
         criterion = nn.CrossEntropyLoss(weight, label_smoothing=smoothing)
     if not config.teacher:
         return ClassificationTask(model, criterion, device=device, verbose=False)
-    if config.teacher_checkpoint:
-        teacher = create(config.teacher, num_classes=len(counts))
-        load_weights(teacher, config.teacher_checkpoint)
-    else:
-        teacher = create(config.teacher, pretrained=True, num_classes=len(counts))
+    teacher = build_teacher(config, class_names).to(device)
     options: dict[str, Any] = {
         "criterion": criterion,
         "distill_loss_weight": config.distill_weight,
@@ -135,7 +170,6 @@ def build_task(config: TrainConfig, model: nn.Module, counts: np.ndarray, device
         "device": device,
         "verbose": False,
     }
-    teacher = teacher.to(device)
     if config.distill == "features":
         return FeatureDistillationTask(model, teacher, **options)
     return LogitDistillationTask(model, teacher, temperature=config.distill_temperature, **options)

@@ -158,7 +158,7 @@ class TrainConfig:
         An override's value is YAML too, but text is taken as typed.
         """
         hints = get_type_hints(cls)
-        values: dict[str, Any] = dict(_read_yaml(Path(recipe))) if recipe else {}
+        values: dict[str, Any] = dict(read_recipe(Path(recipe))) if recipe else {}
         for name in values:
             _check_name(str(name), f" in {recipe}")
         values = {**defaults, **values}
@@ -210,7 +210,13 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def read_recipe(path: Path) -> Mapping[str, Any]:
+    """Return the keys that a recipe sets, as it says them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no YAML, or no list of keys.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no recipe {str(path)!r}")
     try:

@@ -377,6 +377,20 @@ def open_again(worker: int) -> None:
         state.reset()
 
 
+def make_transform(data_config: dict[str, Any], **augmentation: Any) -> Any:
+    """Return timm's transform of an image, but for normalising.
+
+    Raises:
+        ValueError: timm does not know the resize filter or the policy of augmentation.
+    """
+    asked = {**data_config, **augmentation}
+    try:
+        return create_transform(**asked, use_prefetcher=True)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        policy = f"auto_augment={asked['auto_augment']!r} or " if asked.get("auto_augment") else ""
+        raise ValueError(f"{policy}interpolation={asked['interpolation']!r} is unknown to timm: {error!r}") from None
+
+
 def make_loader(
     source: Source,
     batches: Sampler[list[tuple[int, int]]],
@@ -399,13 +413,9 @@ def make_loader(
         augmentation: Further keywords of `timm.data.create_transform`.
     """
     mean, std = data_config["mean"], data_config["std"]
-    try:
-        transform = create_transform(**{**data_config, **augmentation}, use_prefetcher=True)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        asked = {**data_config, **augmentation}
-        policy = f"auto_augment={asked['auto_augment']!r} or " if asked.get("auto_augment") else ""
-        raise ValueError(f"{policy}interpolation={asked['interpolation']!r} is unknown to timm: {error!r}") from None
-    images = SeededImages(source, transform, replace=replace, size=data_config["input_size"][-2:])
+    images = SeededImages(
+        source, make_transform(data_config, **augmentation), replace=replace, size=data_config["input_size"][-2:]
+    )
     loader = DataLoader(
         images,
         batch_sampler=batches,

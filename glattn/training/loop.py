@@ -74,13 +74,15 @@ class Trainer:
         }
         data.seed_everything(config.seed)
         device = self.accelerator.device
-        self.model = build.build_model(config, len(self.class_names))
+        goes_on = config.resume == "auto" and bool(checkpoint.list_states(self.folder / "checkpoints"))
+        self.model = build.build_model(config, len(self.class_names), start=not goes_on)
         if self.accelerator.num_processes > 1:
             self.model = convert_batch_norm(self.model, device)
         self.model = self.model.to(device)
         self.frozen = build.frozen_modules(self.model)
         self.data_config = build.data_config_of(self.model, config)
-        self.task = build.build_task(config, self.model, self.train_source.class_counts(), device).to(device)
+        counts = self.train_source.class_counts()
+        self.task = build.build_task(config, self.model, self.class_names, counts, device).to(device)
         self.optimizer = build.build_optimizer(config, self.model, self.task)
         trainable = self.task.get_trainable_module()
         assert trainable is not None

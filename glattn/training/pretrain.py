@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from glattn.training import command, fractals
 from glattn.training.config import TrainConfig
-from glattn.training.data import Source
+from glattn.training.data import Source, make_transform
 
 # over the defaults of `TrainConfig`, under a recipe's file; the batch divides an epoch, which drops what is left over
 RECIPE = {"dataset": "fractals", "image_size": 64, "epochs": 40, "batch_size": 125, "lr": 0.002}
@@ -91,7 +91,10 @@ class FractalSource(Source):
         **options: Any,
     ) -> FractalLoader:
         """Return a loader that renders on the device; there is nothing to read, to replace or to augment."""
-        return FractalLoader(self, batches, data_config, workers=options["workers"], device=options["device"])
+        shared = {key: options.pop(key) for key in ("workers", "device")}
+        options.pop("replace", None)
+        make_transform(data_config, **options)  # what is unknown is refused all the same
+        return FractalLoader(self, batches, data_config, **shared)
 
 
 @dataclass(frozen=True)
