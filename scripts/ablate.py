@@ -1,6 +1,7 @@
 """Switch one mechanism of a model at a time: accuracy on drawings, speed, one CSV and one picture of both.
 
     python scripts/ablate.py                  # all of it; a killed run goes on where it was
+    python scripts/ablate.py --model "glattn_atto(layout='full')" --data data/paths64 --lr 0.001    # of another default
 
 Accuracy is of run_proxies.py, at one lr and seed unless told otherwise; speed of `glattn benchmark` at 224 pixels,
 batch 8, as a multiple of the first design's. The training data must be there: make_icons.py, make_paths.py.
@@ -18,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from run_proxies import Row
 
-from glattn.benchmark.contestant import join_options
+from glattn.benchmark.contestant import join_options, split_options
 from glattn.benchmark.machine import describe
 from glattn.benchmark.rows import read, same_place
 from glattn.cli import main as glattn
@@ -137,7 +138,9 @@ def main() -> int:
     """Train, time, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the recipe, for all designs alike")
-    parser.add_argument("--model", default="glattn_atto", help="whose mechanisms are switched (%(default)s)")
+    parser.add_argument(
+        "--model", default="glattn_atto", help="whose mechanisms are switched (%(default)s), or NAME(OPTION=VALUE)"
+    )
     parser.add_argument("--only", nargs="+", choices=list(DESIGNS)[1:], help="mechanisms to train (default: all)")
     parser.add_argument("--data", type=Path, default=Path("data/icons100"), help="folder with train, val, test")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -147,10 +150,13 @@ def main() -> int:
     args = parser.parse_args()
     kinds, data = list(DESIGNS), args.data.resolve().name
     # the first of each mechanism, then the second: a short run says something of all
-    turns = zip_longest(*([(join_options(args.model, options), kind) for options in DESIGNS[kind]] for kind in kinds))
-    designs = dict(design for turn in turns for design in turn if design)
-    asked = [design for design, kind in designs.items() if kind in ("default", *(args.only or kinds))]
+    turns = zip_longest(*([(options, kind) for options in DESIGNS[kind]] for kind in kinds))
     try:
+        name, own = split_options(args.model)
+        designs: dict[str, str] = {}
+        for options, kind in (design for turn in turns for design in turn if design):
+            designs.setdefault(join_options(name, own | options), kind)  # what the model has anyway is no change
+        asked = [design for design, kind in designs.items() if kind in ("default", *(args.only or kinds))]
         accuracies, failed = accuracy(args, list(designs), asked)
         designs = {design: kind for design, kind in designs.items() if design in accuracies}
         speeds = speed(args, list(designs)) if designs else {}

@@ -6,6 +6,7 @@ README.md's are counted from the models, the others' read from docs/results/; ca
 import argparse
 import csv
 import dataclasses
+import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -15,7 +16,7 @@ import make_paths
 import timm
 from make_weights import chain
 from run_proxies import digest_of, unpack
-from transfer import TASKS
+from transfer import TASKS, start_digest
 
 from glattn.benchmark.contestant import split_options
 from glattn.files import write_text
@@ -299,11 +300,12 @@ def drawings(folder: str, size: str, speeds_in: str) -> str:
     return markdown(head, rows)
 
 
-def paths(pixels: int) -> str:
-    """Return the accuracy of designs of one model on Paths, whole and by the length of the arms."""
-    folder = f"paths{pixels}"
+def paths(folder: str, pixels: int, speeds_in: str = "") -> str:
+    """Return designs' accuracy on Paths, whole and by the length of the arms: the first, then the others by rank."""
     by_model = runs_by_model(folder)
-    compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv") if row["model"] == next(iter(by_model))}
+    first = next(iter(by_model))
+    compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv") if row["model"] == first}
+    speeds = {row["design"]: f"{float(row['times_default_speed']):.2f}" for row in read(speeds_in)} if speeds_in else {}
     names = (f"{split}/{make_paths.name(0, n)}" for split, count in make_paths.SPLITS.items() for n in range(count))
     if {run["digest"] for runs in by_model.values() for run in runs} != {digest_of(names)}:
         raise ValueError(f"docs/results/{folder}/runs.csv is of other images than make_paths.py draws now")
@@ -316,15 +318,18 @@ def paths(pixels: int) -> str:
     bounds = [0, *(round(longest * part / 3) for part in (1, 2, 3))]
     spans = [(low + (low > 0), high) for low, high in pairwise(bounds)]
     rows = []
-    for design, runs in by_model.items():
+    ranked = sorted(by_model.items(), key=lambda item: (item[0] != first, -float(mean_top1(item[1]))))
+    for design, runs in ranked:
         right = [unpack(run["answers"], images) for run in runs]
-        cells = [f"`{design}`", f"{float(runs[0]['parameters']) / 1e6:.1f}", top1_by_seed(runs)]
+        cells = [f"`{design}`", f"{float(runs[0]['parameters']) / 1e6:.1f}"]
+        cells += [*([speeds.get(design, "")] if speeds_in else []), top1_by_seed(runs)]
         for low, high in spans:
             asked = [run[image] for run in right for image in images if low <= lengths[image] <= high]
             cells.append(f"{100 * sum(asked) / len(asked):.0f}")
         rows.append([*cells, *difference(compared.get(design, {}))])
     arms = [f"arms of {low} to {high}" for low, high in spans]
-    return markdown(("design", "parameters (M)", "top-1 by seed", *arms, "the first less this", "95%", ""), rows)
+    head = ("design", "parameters (M)", *(["speed"] if speeds_in else []), "top-1 by seed", *arms)
+    return markdown((*head, "the first less this", "95%", ""), rows)
 
 
 def ablation() -> str:
@@ -417,6 +422,11 @@ def when_it_helps(model: str, folder: Path) -> str:
     for (task, other), row in sorted(compared.items(), key=lambda item: list(TASKS).index(item[0][0])):
         scratch, _, times = other.partition("*")
         if (row["model"], scratch) == (f"{model}:pretrained", f"{model}:scratch"):
+            starts = json.loads((ROOT / "docs" / "results" / "transfer" / task / "starts.json").read_text())
+            if starts[row["model"]] != start_digest(row["model"]):
+                raise ValueError(
+                    f"docs/results/transfer/{task} is of other weights than the package's: transfer.py anew"
+                )
             name = f"{task}, scratch {times} times as long" if times else task
             rows.append([name, *(mean_top1(arms[task, arm]) for arm in (row["model"], other)), *difference(row)[:2]])
     table = markdown(("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests"), rows)
@@ -457,7 +467,8 @@ def results() -> str:
         "deployment": deployment(),
         "modes": modes(),
         **{folder: drawings(folder, *beside) for folder, beside in DRAWINGS.items()},
-        **{f"paths{pixels}": paths(pixels) for pixels in (64, 128)},
+        "paths64": paths("ablation/paths64", 64, "ablation/paths64.csv"),
+        "paths128": paths("paths128", 128),
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),

@@ -10,16 +10,19 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import yaml
 from torch import nn
 
 import glattn
 from glattn.benchmark.folding import observe
-from glattn.files import replacing, write_text
+from glattn.files import copy_file, replacing, write_text
 from glattn.models.weights import save_weights
 from glattn.training.fractals import HELD_OUT
 from glattn.training.pretrain import FractalSource
@@ -77,6 +80,17 @@ def shrink(model: nn.Module, fresh: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__}: smaller kernels in front of its batch norms change what it computes")
 
 
+def check_begins(runs: Sequence[Path]) -> None:
+    """Raise a ``ValueError`` unless each run began with weights of the next one, and the last with none."""
+    for number, run in enumerate(runs, 1):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        began = bool(config.get("checkpoint") or config.get("pretrained"))
+        if began and number == len(runs):
+            raise ValueError(f"{run}: began with weights; name the run that made them, or its record: --after RUN")
+        if not began and number < len(runs):
+            raise ValueError(f"{run}: began with no weights, so that no run was before it; leave --after out")
+
+
 def measure(model: nn.Module) -> dict[str, Any]:
     """Return what a model knows of the held-out fractals."""
     source = FractalSource.of(HELD_OUT, fixed=True, side=64)
@@ -113,12 +127,16 @@ def main() -> int:
         for run in records.values():
             if absent := [file for file in RECORD if not (run / file).is_file()]:
                 raise FileNotFoundError(f"{run}: no {absent[0]}; is it a run folder of `glattn pretrain`?")
+        check_begins(runs)
         # read before any is written: --after may name what is there
         kept = {folder / file: (run / file).read_bytes() for folder, run in records.items() for file in RECORD}
         for parameter in model.parameters():
             parameter.data = parameter.data.half()
-        save_weights(model, cfg.file)
-        shipped = measure(timm.create_model(name, pretrained=True))
+        with tempfile.TemporaryDirectory() as folder:  # the package's stay, unless these load as a user loads them
+            aside = Path(folder) / "model.safetensors"
+            save_weights(model, aside)
+            shipped = measure(timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(aside)}))
+            copy_file(aside, Path(cfg.file))
         shutil.rmtree(record / BEFORE, ignore_errors=True)
         for path, content in kept.items():
             with replacing(path) as temporary:

@@ -23,7 +23,8 @@ import numpy as np
 from bootstrap import compare
 
 from glattn.benchmark.contestant import split_options
-from glattn.files import replacing
+from glattn.files import replacing, write_text
+from glattn.training.config import read_recipe
 from glattn.training.data import EXTENSIONS, find_split
 
 FIELDS = (
@@ -79,8 +80,21 @@ class Proxies:
         self.rows = read_csv(self.path)
         if strange := sum(row.get("digest") != self.digest for row in self.rows):
             raise ValueError(f"{self.path}: {strange} rows are of other images than {self.source}; give another --out")
+        self.check_recipe()
         self.authors = authors_of(self.images)
         self.failed: list[str] = []
+
+    def check_recipe(self) -> None:
+        """Note what the recipe says, and raise if rows of its name are of what it said before."""
+        path, name = self.out / "recipes.json", self.args.config.name
+        noted = json.loads(path.read_text()) if path.exists() else {}
+        text = json.dumps(read_recipe(self.args.config), sort_keys=True)
+        said = hashlib.sha256(text.encode()).hexdigest()[:12]
+        used = any(row["settings"].partition(" ")[0] == name for row in self.rows)
+        if used and noted.get(name, said) != said:
+            raise ValueError(f"{self.path}: its rows of {name} were made before that was changed; give it another name")
+        if noted.get(name) != said:
+            write_text(path, json.dumps(noted | {name: said}, indent=2) + "\n")
 
     def run(self) -> bool:
         """Do what is missing, but for what fails, which is said and noted in `failed`; tell whether all is done."""
@@ -261,6 +275,7 @@ def survey(source: Path) -> tuple[list[str], str]:
 
     Raises:
         FileNotFoundError: There are none, or none to test on.
+        ValueError: One is of a class that nothing is trained on.
     """
     names = sorted(str(path.relative_to(source)) for path in images_in(source))
     if not names:
@@ -269,6 +284,10 @@ def survey(source: Path) -> tuple[list[str], str]:
     tested = [name.removeprefix(split) for name in names if name.startswith(split)]
     if not tested:
         raise FileNotFoundError(f"{source}: no images in {split} to test on")
+    if train := find_split(source, "train"):
+        known = {Path(name).parent.name for name in names if name.startswith(f"{train.name}/")}
+        if unknown := sorted({Path(name).parent.name for name in tested} - known):
+            raise ValueError(f"{source}: {split} has a class {unknown[0]!r} that {train.name}/ has not")
     return tested, digest_of(names)
 
 
@@ -303,15 +322,15 @@ def finished(run: Path, data: Path) -> tuple[Row, dict[str, bool]]:
     from glattn.training.validation import predict_source
 
     classifier = open_checkpoint(str(run))
-    source = open_split(str(data / tested_split(data)), "", classifier.class_names)
+    root = data / tested_split(data)
+    source = open_split(str(root), "", classifier.class_names)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     said = predict_source(
         classifier.model.to(device), source, classifier.data_config, batch_size=256, workers=0, device=device
     )
     right = {}
     for index, target, predicted in zip(said.index, said.target, said.predicted, strict=True):
-        path = Path(source.name(int(index)))
-        right[f"{path.parent.name}/{path.name}"] = bool(target == predicted)
+        right[str(Path(source.name(int(index))).relative_to(root))] = bool(target == predicted)
     environment: dict[str, Any] = json.loads((run / "environment.json").read_text())
     commit, _, dirty = (environment["commit"] or "").partition("-")
     best = json.loads((run / "best" / "metrics.json").read_text())

@@ -86,11 +86,9 @@ class Transfer(Proxies):
         path = self.out / "starts.json"
         noted = json.loads(path.read_text()) if path.exists() else {}
         for arm in self.args.models:
-            file = start_file(arm)
-            if file is not None:
-                digest = hashlib.sha256(file.read_bytes()).hexdigest()
-                if noted.setdefault(arm, digest) != digest:
-                    raise ValueError(f"{self.out}: its runs of {arm} began with other weights; remove them")
+            digest = start_digest(arm)
+            if digest and noted.setdefault(arm, digest) != digest:
+                raise ValueError(f"{self.out}: its runs of {arm} began with other weights; remove them")
         write_text(path, json.dumps(noted, indent=2) + "\n")
 
     @property
@@ -142,6 +140,12 @@ def start_file(arm: str) -> Path | None:
     if not best.is_file():
         raise FileNotFoundError(f"{arm}: no {best}; is {start} a run folder of `glattn pretrain`?")
     return path
+
+
+def start_digest(arm: str) -> str:
+    """Return the SHA-256 of the file of weights that an arm starts from; nothing where there is none."""
+    file = start_file(arm)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file else ""
 
 
 def make_start(arm: str, records: Path) -> None:

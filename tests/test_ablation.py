@@ -75,6 +75,12 @@ def test_the_table_has_the_signs_of_the_design(tmp_path, monkeypatch):
         assert ablate.main() == 0
         assert len(run_proxies.read_csv(tmp_path / "out" / "icons100.csv")) == designs
     default, local, split = run_proxies.read_csv(tmp_path / "out" / "icons100.csv")
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *arguments, "--model", "glattn_atto(fusion='split', head_dim=16)"])
+    assert ablate.main() == 0  # a change that the model has already is none
+    assert [row["design"] for row in run_proxies.read_csv(tmp_path / "out" / "icons100.csv")] == [
+        "glattn_atto(fusion='split', head_dim=16)",
+        "glattn_atto(fusion='local', head_dim=16)",
+    ]
     assert (default["points"], default["design"]) == ("", "glattn_atto")
     assert (local["points"], local["verdict"], local["times_default_speed"]) == ("-20.00", "worse", "2")
     assert (split["points"], split["verdict"]) == ("10.00", "better")

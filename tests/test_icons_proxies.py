@@ -13,6 +13,7 @@ import manifest
 import run_proxies
 from bootstrap import compare
 
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "icons.yaml"
 IMAGES = [f"a/i{n:03d}.png" for n in range(200)]
 
 
@@ -75,7 +76,7 @@ def proxies(tmp_path, monkeypatch):
 
     def make(*models, end=float("inf"), **changed):
         folders = {"data": tmp_path / "data", "runs": tmp_path / "runs", "out": tmp_path / "out"}
-        options = {"config": Path("icons.yaml"), "lr": [1e-3, 2e-3], "seeds": [0, 1, 2], "settings": []}
+        options = {"config": RECIPE, "lr": [1e-3, 2e-3], "seeds": [0, 1, 2], "settings": []}
         args = SimpleNamespace(models=models, end=end, **folders | options | changed)
         return run_proxies.Proxies(args)
 
@@ -175,12 +176,36 @@ def test_a_rate_of_many_digits_finds_its_runs(proxies):
     assert trained == []
 
 
-def test_recipes_have_folders_of_their_own_and_leave_a_lists_arguments_alone(proxies):
+def test_recipes_have_folders_of_their_own_and_leave_a_lists_arguments_alone(proxies, tmp_path):
     make, _ = proxies
-    other = make("a", config=Path("other.yaml"))
+    (tmp_path / "other.yaml").write_text("epochs: 3  # as before\n")
+    other = make("a", config=tmp_path / "other.yaml")
     assert make("a").folder("a", 1e-3, 0) != other.folder("a", 1e-3, 0)
     with pytest.raises(ValueError, match="seed=9: the list itself gives each run its seed"):
         make("a", settings=["epochs=3", "seed=9"])
+
+
+def test_a_recipe_that_changed_is_refused_once_it_has_rows(proxies, tmp_path):
+    make, _ = proxies
+    recipe = tmp_path / "mine.yaml"
+    for text in ("epochs: 3\n", "epochs: 4\n", "# as it was\nepochs: 4\n"):
+        recipe.write_text(text)
+        done = make("a", config=recipe)
+    assert done.run()
+    recipe.write_text("epochs: 5\n")
+    assert make("a").run()  # by another recipe
+    with pytest.raises(ValueError, match=r"its rows of mine.yaml were made before that was changed"):
+        make("a", config=recipe)
+    with pytest.raises(FileNotFoundError, match="no recipe"):
+        make("a", config=tmp_path / "none.yaml")
+
+
+def test_a_class_that_nothing_is_trained_on_is_refused_before_training(proxies, tmp_path):
+    make, _ = proxies
+    (tmp_path / "data" / "test" / "new").mkdir()
+    (tmp_path / "data" / "test" / "new" / "i.png").touch()
+    with pytest.raises(ValueError, match=r"test/ has a class 'new' that train/ has not"):
+        make("a")
 
 
 def test_rows_of_other_images_are_refused_and_answers_are_kept(proxies, tmp_path):

@@ -20,6 +20,8 @@ import transfer
 from glattn.training.checkpoint import export
 from glattn.training.config import TrainConfig
 
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "icons.yaml"
+
 
 def drawings(root: Path, *splits: str) -> Path:
     """Write eight images of each of two classes to each split, no two of them alike in name."""
@@ -144,21 +146,24 @@ def test_a_start_is_the_same_function_of_smaller_kernels(tmp_path, monkeypatch):
     assert all(size < 0.9 * grown[name].norm() for name, size in sizes.items())
 
 
-def test_weights_go_into_the_package_with_the_records_of_both_runs(tmp_path, monkeypatch):
+def test_weights_go_into_the_package_with_the_records_of_both_runs(tmp_path, monkeypatch, capsys):
     for run in ("first", "second", "third"):
         pretrained(tmp_path / run)
         for file in make_weights.RECORD:
             (tmp_path / run / file).write_text(f"{run} {file}")
+        start = "" if run == "first" else "before.safetensors"
+        (tmp_path / run / "config.yaml").write_text(f"checkpoint: {start!r}\n")
     cfg = SimpleNamespace(file=str(tmp_path / "package.safetensors"), label_names=("a", "b", "c"), tag="tag")
     monkeypatch.setattr(make_weights, "ROOT", tmp_path)
     monkeypatch.setattr(make_weights, "measure", lambda model: {"top1": 2.0})
-    names = {"get_pretrained_cfg": lambda name: cfg, "create_model": lambda name, pretrained: None}
+    loaded = []
+    names = {"get_pretrained_cfg": lambda name: cfg, "create_model": lambda name, **options: loaded.append(options)}
     monkeypatch.setattr(make_weights, "timm", SimpleNamespace(**names))
     record = tmp_path / "docs" / "weights" / "test_resnet.tag"
 
-    def make(*arguments):
+    def make(*arguments, status=0):
         monkeypatch.setattr(sys, "argv", ["make_weights.py", *map(str, arguments)])
-        assert make_weights.main() == 0
+        assert make_weights.main() == status
         assert load_file(cfg.file)["conv1.0.weight"].dtype == torch.float16
         return [(folder / "metrics.csv").read_text().split()[0] for folder in (record, record / "before")
                 if folder.exists()]  # fmt: skip
@@ -166,7 +171,34 @@ def test_weights_go_into_the_package_with_the_records_of_both_runs(tmp_path, mon
     assert make(tmp_path / "first") == ["first"]
     assert make(tmp_path / "second", "--after", record) == ["second", "first"]
     assert make(tmp_path / "third", "--after", record / "before") == ["third", "first"]
+    # what the runs began with is not told, or told wrongly: nothing is written
+    assert make(tmp_path / "second", status=1) == ["third", "first"]
+    assert make(tmp_path / "second", "--after", tmp_path / "third", status=1) == ["third", "first"]
+    assert make(tmp_path / "first", "--after", tmp_path / "first", status=1) == ["third", "first"]
+    assert "--after" in capsys.readouterr().err
     assert make(tmp_path / "first") == ["first"]
+    assert loaded[-1]["pretrained_cfg_overlay"]["file"] != cfg.file
+
+
+def test_weights_that_do_not_load_leave_the_packages_alone(tmp_path, monkeypatch, capsys):
+    pretrained(tmp_path / "run")
+    for file in make_weights.RECORD:
+        (tmp_path / "run" / file).write_text("checkpoint: ''\n")
+    package = tmp_path / "package.safetensors"
+    package.write_bytes(b"whole")
+    cfg = SimpleNamespace(file=str(package), label_names=("a", "b", "c"), tag="tag")
+
+    def refuse(name, **_):
+        raise ValueError("of another shape")
+
+    names = {"get_pretrained_cfg": lambda name: cfg, "create_model": refuse}
+    monkeypatch.setattr(make_weights, "timm", SimpleNamespace(**names))
+    monkeypatch.setattr(make_weights, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_weights.py", str(tmp_path / "run")])
+    assert make_weights.main() == 1
+    assert capsys.readouterr().err == "make_weights: of another shape\n"
+    assert package.read_bytes() == b"whole"
+    assert not (tmp_path / "docs").exists()
 
 
 class Branching(nn.Module):
@@ -221,7 +253,7 @@ def trained(tmp_path, monkeypatch):
     monkeypatch.setattr(run_proxies, "finished", finished)
 
     def main(*arguments):
-        folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+        folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--config", str(RECIPE)]
         monkeypatch.setattr(sys, "argv", ["transfer.py", *arguments, *folders])
         return transfer.main()
 
