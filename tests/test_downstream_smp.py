@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import timm
 import torch
 
 from glattn.models.variants import VARIANTS
@@ -76,6 +77,25 @@ def test_the_stem_encoder_takes_the_decoder_s_channels_depth_and_stride():
     assert model.encoder(torch.randn(1, 3, 64, 64))[-1].shape[-1] == 4
     with pytest.raises(ValueError, match="depth=6; give 1 to 5"):
         smp.encoders.get_encoder(name, depth=6)
+
+
+@pytest.mark.parametrize("in_channels", [1, 2, 5])
+def test_the_stem_encoder_s_trained_weights_are_adapted_to_other_channels(in_channels):
+    wanted = timm.create_model("glattn_atto", pretrained=True, in_chans=in_channels).stem.conv1.conv.weight
+    name = stem_encoder("glattn_atto", pretrained=True)
+    encoder = smp.Unet(name, encoder_weights=None, in_channels=in_channels).encoder
+    assert encoder.out_channels[0] == in_channels
+    # timm rounds to the file's own half precision
+    torch.testing.assert_close(encoder.model.stem_conv1.conv.weight, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_stem_encoders_of_one_model_stand_beside_each_other():
+    names = [stem_encoder("glattn_atto", **options) for options in ({"pretrained": True}, {}, {"drop_path_rate": 0.1})]
+    assert names[1] == "glattn_atto+stem"
+    assert len(set(names)) == 3
+    trained = timm.create_model("glattn_atto", pretrained=True).stem.conv1.conv.weight
+    same = [torch.equal(smp.encoders.get_encoder(n).model.stem_conv1.conv.weight, trained) for n in names]
+    assert same == [True, False, False]
 
 
 def test_a_decoder_for_transformers_takes_it_too():

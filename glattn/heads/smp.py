@@ -38,6 +38,14 @@ class StemEncoder(nn.Module, EncoderMixin):
         self._in_channels = kwargs.get("in_chans", 3)
         self._out_channels = [self._in_channels, *info.channels()]
         self._depth, self._output_stride = depth, output_stride
+        self._trained = bool(kwargs.get("pretrained") or kwargs.get("checkpoint_path"))
+
+    def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
+        """Give the first convolution other channels: weights that were loaded are adapted as timm does, others new.
+
+        The library itself knows only of weights that ``encoder_weights`` names.
+        """
+        super().set_in_channels(in_channels, pretrained=pretrained or self._trained)
 
     def make_dilated(self, output_stride: int) -> None:
         """Do nothing: the model was made with its output stride."""
@@ -55,8 +63,9 @@ def stem_encoder(name: str, **kwargs: Any) -> str:
     Args:
         name: Name of the model, such as ``glattn_small``.
         kwargs: Keywords of ``timm.create_model``: ``pretrained``, ``drop_path_rate`` and so on. ``in_chans``,
-            depth and stride are the decoder's to say.
+            depth and stride are the decoder's to say. The name that is returned tells them, so that a model made
+            again with others does not take its place.
     """
-    encoder = f"{name}+stem"
+    encoder = ",".join([f"{name}+stem", *(f"{key}={kwargs[key]!r}" for key in sorted(kwargs))])
     encoders[encoder] = {"encoder": StemEncoder, "pretrained_settings": {}, "params": {"name": name, **kwargs}}
     return encoder
