@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,18 +60,19 @@ def export(
     path: str | os.PathLike[str],
     *,
     tolerance: float = 1e-4,
-    img_size: int | None = None,
+    img_size: int | Sequence[int] | None = None,
 ) -> Exported:
     """Write a model for another runtime, folded, and run the file against the eager model.
 
-    Batch, height and width are free in the file; class names and preprocessing are in its metadata.
+    Batch, height and width are free in the file; class names and preprocessing are in its metadata. The model itself
+    stays as it is.
 
     Args:
         model: A model of timm's.
         to: ``onnx``, ``torch-export`` or ``openvino``.
-        path: The file to write.
+        path: The file to write; the format's suffix is added to a name without it.
         tolerance: Largest difference allowed to the eager model's logits, over the largest of them.
-        img_size: Fix height and width, in pixels, for models that are not free of them.
+        img_size: Fix height and width, in pixels, one side or both, for models that are not free of them.
 
     Raises:
         ValueError: A package is missing, the model cannot be exported, or the file differs from it by more than
@@ -79,24 +81,29 @@ def export(
     if to not in FORMATS:
         raise ValueError(f"{to!r} is no format to export to; there are {', '.join(FORMATS)}")
     kind, path = FORMATS[to], Path(path)
+    if path.suffix != kind.suffix:
+        path = path.with_name(path.name + kind.suffix)
     if missing := [name for name in kind.needs if importlib.util.find_spec(name) is None]:
         raise ValueError(f"export to {to} needs {', '.join(missing)}: pip install 'glattn[{kind.extra}]'")
     import torch
-    from timm.data.config import resolve_model_data_config
+    from timm.data.model_config import resolve_input_data_config
 
-    model = model.cpu().float().eval()
-    channels, height, width = resolve_model_data_config(model)["input_size"]
-    size = (height, width) if img_size is None else (img_size, img_size)
-    program = _capture(model, (channels, *size), free=img_size is None)
+    from glattn.models.glattn import image_size
+
+    model = copy.deepcopy(model).cpu().float().eval()
+    fixed = None if img_size is None else image_size(img_size)
+    data_config = resolve_input_data_config(model, {"img_size": fixed})
+    channels, *size = data_config["input_size"]
+    program = _capture(model, (channels, *size), free=fixed is None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        written = Path(folder) / f"{path.stem}{kind.suffix}"
+        written = Path(folder) / path.name
         try:
-            run = kind.write(program, metadata(model), written)
+            run = kind.write(program, metadata(model, data_config), written)
         except RuntimeError as error:  # what the exporters raise of what they cannot express
             raise ValueError(f"{to} cannot express this model: {' '.join(str(error).split())[-300:]}") from error
         others = [(size[0] + 37, max(size[1] - 51, 40)), (max(size[0] // 2, 40), size[1] + 64)]
-        others = others if img_size is None else []
+        others = others if fixed is None else []
         shapes = [(1, channels, *size), (3, channels, *size), *((2, channels, *other) for other in others)]
         difference, scale = 0.0, 0.0
         for shape in shapes:
@@ -114,21 +121,20 @@ def export(
         # the file that names the others last, so that it is never there without them
         for part in sorted(Path(folder).iterdir(), key=lambda part: part == written):
             part.replace(path.parent / part.name)
-    return Exported(path.parent / written.name, difference, scale)
+    return Exported(path, difference, scale)
 
 
-def metadata(model: nn.Module) -> dict[str, str]:
-    """Return what a file says of the model, as JSON under each name."""
-    from timm.data.config import resolve_model_data_config
-
+def metadata(model: nn.Module, data_config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a file says of the model, and of the images it takes, as JSON under each name."""
     from glattn import __version__
 
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     names = cfg.get("label_names")
+    color = {"color": "RGB"} if data_config["input_size"][0] == 3 else {}
     facts = {
         "architecture": cfg.get("architecture"),
         "class_names": list(names) if names and len(names) == model.num_classes else None,
-        "preprocessing": {"color": "RGB", "range": [0, 1], **resolve_model_data_config(model)},
+        "preprocessing": {**color, "range": [0, 1], **data_config},
         "license": cfg.get("license"),
         "glattn": __version__,
     }

@@ -104,6 +104,81 @@ def test_any_batch_and_size_elsewhere(tmp_path, to):
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
 
 
+@pytest.fixture
+def written(monkeypatch):
+    """Formats that write no graph, and the shape and the metadata that were asked for: what `export` adds to them."""
+    asked = {}
+
+    def write(program, facts, path):
+        path.touch()
+        asked.update({name: json.loads(value) for name, value in facts.items()})
+        return program
+
+    def capture(model, shape, free):
+        asked.update(shape=shape, free=free, dtype=next(model.parameters()).dtype)
+        return model.forward
+
+    formats = {name: replace(kind, needs=(), write=write) for name, kind in FORMATS.items()}
+    monkeypatch.setattr(exporting, "FORMATS", formats)
+    monkeypatch.setattr(exporting, "_capture", capture)
+    return asked
+
+
+def test_the_model_stays_as_it_was(tmp_path, written):
+    model = small().bfloat16().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export(model, "torch-export", tmp_path / "model.pt2", img_size=64)
+    assert written["dtype"] == torch.float32
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.stem.conv1.conv.weight.dtype == torch.bfloat16
+
+
+def test_the_model_s_own_channels(tmp_path, written):
+    export(small(in_chans=1), "torch-export", tmp_path / "model.pt2")
+    assert (written["shape"], written["free"]) == ((1, 224, 224), True)
+    how = written["preprocessing"]
+    assert (how["input_size"], how["mean"], how["std"]) == (
+        [1, 224, 224],
+        [pytest.approx(0.449)],
+        [pytest.approx(0.226)],
+    )
+    assert "color" not in how
+
+
+@pytest.mark.parametrize(("img_size", "shape"), [(64, (3, 64, 64)), ((64, 96), (3, 64, 96)), ([96, 64], (3, 96, 64))])
+def test_a_size_that_is_fixed(tmp_path, written, img_size, shape):
+    export(small(), "torch-export", tmp_path / "model.pt2", img_size=img_size)
+    assert (written["shape"], written["free"]) == (shape, False)
+    assert written["preprocessing"]["input_size"] == list(shape)
+    assert written["preprocessing"]["color"] == "RGB"
+
+
+@pytest.mark.parametrize("img_size", [0, (64,), (64, 96, 3), 64.5])
+def test_a_size_that_is_none(tmp_path, img_size):
+    with pytest.raises(ValueError, match=r"img_size=.*; give one side, or \(height, width\), in whole pixels"):
+        export(small(), "torch-export", tmp_path / "model.pt2", img_size=img_size)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("name", ["model", "model-v1.2"])
+def test_a_name_gets_the_suffix_it_lacks(tmp_path, written, name, to):
+    suffix = FORMATS[to].suffix
+    for given in (name, name + suffix):
+        assert export(small(), to, tmp_path / "out" / given, img_size=64).path == tmp_path / "out" / (name + suffix)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name + suffix]
+
+
+@pytest.mark.export
+def test_a_gray_model_of_two_sides(tmp_path):
+    model = small(in_chans=1)
+    loaded = torch.export.load(export(model, "torch-export", tmp_path / "gray.pt2", img_size=(64, 96)).path).module()
+    image = torch.rand(2, 1, 64, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(image), model(image), rtol=1e-4, atol=1e-5)
+    assert torch.export.load(export(model, "torch-export", tmp_path / "any.pt2").path)
+
+
 MECHANISMS = sorted({"_".join(name.split("_")[2:]) for name in VARIANTS if name.startswith("glattn_tiny_")})
 
 
