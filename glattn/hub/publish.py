@@ -21,6 +21,7 @@ from glattn.files import copy_file
 from glattn.hub.card import CURVE, Record, is_untouched, model_card, read_record
 from glattn.hub.loading import create_model, patiently, plain_errors
 from glattn.hub.local_dir import save_config
+from glattn.models.glattn import GLAttn
 from glattn.models.weights import CONFIG, WEIGHTS, save_weights
 
 README = "README.md"
@@ -57,7 +58,7 @@ def push(
     Raises:
         FileNotFoundError: The folder holds no model.
         OSError: The Hub refuses or is out of reach; one line says why.
-        ValueError: The weights are not right, or the names do not fit the classes.
+        ValueError: The weights are not right, the model is folded, or the names do not fit the classes.
     """
     validate_repo_id(repo_id)
     model, record = _load(source, record)
@@ -76,6 +77,10 @@ def _load(source: nn.Module | str | os.PathLike[str], record: Record | None) -> 
         model = unwrap_model(source)
         if not getattr(model, "pretrained_cfg", None):
             raise ValueError(f"{type(model).__name__} is not one of timm's models: it has no pretrained_cfg")
+        if isinstance(model, GLAttn) and not hasattr(model.stem.conv1, "bn"):
+            raise ValueError(
+                "the model is folded: its weights fit none that can be created; push the one that it was folded from"
+            )
         return model, record or Record()
     run = Path(source)
     folder = run / "best" if (run / "best").is_dir() else run
