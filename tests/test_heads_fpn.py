@@ -67,6 +67,26 @@ def test_frozen_stages_do_not_move(name, frozen_stages):
     assert not any(m.training for k, m in backbone.body.named_modules() if k.startswith(frozen))
 
 
+@pytest.mark.parametrize("feature_cls", ["getter", "fx"])
+@pytest.mark.parametrize("frozen_stages", [0, 1])
+def test_stages_that_cannot_be_told_from_the_stem_are_not_frozen(feature_cls, frozen_stages):
+    assert fpn_backbone("test_glattn", feature_cls=feature_cls, frozen_stages=-1).frozen == []
+    with pytest.raises(
+        ValueError, match=rf"^frozen_stages={frozen_stages}: a Feature\w+Net .*; give -1, or a body whose"
+    ):
+        fpn_backbone("test_glattn", feature_cls=feature_cls, frozen_stages=frozen_stages)
+
+
+@pytest.mark.parametrize("extra", LEVELS)
+@pytest.mark.parametrize(("name", "options"), [("test_glattn", {"stem_features": True}), ("resnet18", {})])
+def test_a_map_at_stride_two_is_no_level(name, options, extra):
+    backbone = fpn_backbone(name, extra=extra, out_channels=8, **options)
+    assert backbone.body.feature_info.reduction() == {"pool": [4, 8, 16, 32], "p6p7": [8, 16, 32]}[extra]
+    if options:
+        backbone = fpn_backbone(name, extra=extra, out_channels=8, out_indices=range(5), **options).eval()
+        assert backbone(torch.randn(1, 3, 64, 64))["0"].shape[-1] == 32
+
+
 def test_frozen_norms_hold_statistics_and_output():
     torch.manual_seed(1)
     plain = fpn_backbone("test_glattn", out_channels=8).eval()

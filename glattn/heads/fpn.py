@@ -22,10 +22,11 @@ def _pool(in_channels: int, out_channels: int) -> ExtraFPNBlock:
     return LastLevelMaxPool()
 
 
-# name -> (the levels behind the last stage's, made from its channels and the pyramid's; the stages it starts from)
+# name -> (the levels behind the last stage's, made from its channels and the pyramid's; the features it starts from,
+# counted from the last: the stem's, where a body has one, comes first)
 EXTRAS: dict[str, tuple[Callable[[int, int], ExtraFPNBlock], tuple[int, ...]]] = {
-    "pool": (_pool, (0, 1, 2, 3)),
-    "p6p7": (LastLevelP6P7, (1, 2, 3)),
+    "pool": (_pool, (-4, -3, -2, -1)),
+    "p6p7": (LastLevelP6P7, (-3, -2, -1)),
 }
 
 
@@ -44,7 +45,7 @@ class FPNBackbone(nn.Module):
         norm_layer: Norm behind the pyramid's convolutions; none by default.
 
     Raises:
-        ValueError: ``extra`` is unknown, or the body has fewer stages than ``frozen_stages``.
+        ValueError: ``extra`` is unknown, or the body has fewer stages than ``frozen_stages`` or hides them in one part.
     """
 
     def __init__(
@@ -100,14 +101,15 @@ def fpn_backbone(
         name: Name of the model, such as ``glattn_small``.
         out_channels: Channels of every level.
         extra: ``pool`` for Faster R-CNN, ``p6p7`` for RetinaNet.
-        out_indices: Stages that the pyramid starts from; for ``pool`` all four, for ``p6p7`` the last three.
+        out_indices: The body's features that the pyramid starts from; the last four for ``pool``, the last three for
+            ``p6p7``.
         frozen_stages: See `FPNBackbone`.
         frozen_bn: See `FPNBackbone`.
         norm_layer: See `FPNBackbone`.
         kwargs: Keywords of ``timm.create_model``: ``pretrained``, ``in_chans``, ``drop_path_rate`` and so on.
 
     Raises:
-        ValueError: ``extra`` is unknown, or the model has fewer stages than ``frozen_stages``.
+        ValueError: See `FPNBackbone`.
     """
     check_choice("extra", extra, EXTRAS)
     indices = EXTRAS[extra][1] if out_indices is None else tuple(out_indices)
@@ -124,7 +126,14 @@ def fpn_backbone(
 
 def _first_parts(body: nn.Module, info: FeatureInfo, frozen_stages: int) -> list[str]:
     """Return the names of the stem's parts and of as many stages: all in front of the first stage that trains."""
+    if frozen_stages == -1:
+        return []
     names = [name for name, _ in body.named_children()]
+    if not {name.replace(".", "_") for name in info.module_name()} <= set(names):
+        raise ValueError(
+            f"frozen_stages={frozen_stages}: a {type(body).__name__} holds its stages inside one part, where they"
+            " cannot be told from the stem; give -1, or a body whose features are its own parts (timm's FeatureListNet)"
+        )
     modules = [part["module"].replace(".", "_") for part in info.info]
     # a feature of the stem's is no stage; a pyramid from the first stages alone has no later ones
     present = [name for name in modules if name in names and not name.startswith("stem")]
@@ -133,7 +142,5 @@ def _first_parts(body: nn.Module, info: FeatureInfo, frozen_stages: int) -> list
             f"frozen_stages={frozen_stages}; give -1 to train all, 0 to freeze the stem, up to {len(present)} to freeze"
             " as many stages with it"
         )
-    if frozen_stages < 0:
-        return []
     end = len(names) if frozen_stages == len(present) else names.index(present[frozen_stages])
     return names[:end]
