@@ -11,6 +11,7 @@ from torch import nn
 from glattn import MixerConfig
 from glattn.heads import UNetFormer, UNetFormerDecoder, unetformer
 from glattn.layers import GlobalLocalAttention
+from glattn.layers.layout import Window
 
 
 def trained(model):
@@ -82,6 +83,31 @@ def test_other_backbones_and_the_stem_s_map():
     body = timm.create_model("test_glattn", features_only=True, stem_features=True)
     assert UNetFormer(body, num_classes=2, dim=16).eval()(torch.randn(1, 3, 40, 60)).shape == (1, 2, 40, 60)
     assert unetformer("test_convnext", num_classes=2, dim=16).eval()(torch.randn(1, 3, 64, 96)).shape == (1, 2, 64, 96)
+
+
+def test_the_nominal_size_is_the_backbone_s_too():
+    windows = MixerConfig(layout="window", window_sizing="image", position="bias", head_dim=8)
+    for img_size, cells in ((448, (14, 14)), ((448, 224), (14, 7)), (None, (7, 7))):
+        model = unetformer(
+            "test_glattn", num_classes=2, dim=16, img_size=img_size, mixer=windows, layout="window",
+            window_sizing="image",
+        )  # fmt: skip
+        for part, stages in ((model.backbone, 4), (model.decoder, 3)):
+            sizes = {(m.size.height, m.size.width) for m in part.modules() if isinstance(m, Window)}
+            assert sizes == {cells}
+            assert sum(isinstance(m, Window) for m in part.modules()) >= stages
+    assert model.eval()(torch.randn(1, 3, 40, 60)).shape == (1, 2, 40, 60)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "resnet18", "test_efficientnet", "regnety_002"])
+def test_a_backbone_without_a_nominal_size_gets_none(name):
+    options = {"num_classes": 2, "dim": 16, "mixer": MixerConfig(layout="full", position="bias", head_dim=8)}
+    tables = [unetformer(name, img_size=s, **options).decoder.blocks[0].mixer.attn for s in (64, (64, 96))]
+    assert [t.groups[0].position.table.shape[1:] for t in tables] == [(3, 3), (3, 5)]
+    with pytest.raises(ValueError, match=r"img_size=0; give one side, or \(height, width\)"):
+        unetformer(name, img_size=0, **options)
+    with pytest.raises(TypeError, match="img_side"):
+        unetformer(name, img_size=64, img_side=64, **options)
 
 
 def test_mistakes_are_named():

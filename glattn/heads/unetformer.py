@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from glattn.config import MixerConfig
 from glattn.layers import ConvNorm, GlobalLocalAttention, GlobalLocalBlock, Mlp
 from glattn.layers.layout import upsample
+from glattn.models.glattn import image_size
+from glattn.models.stages import ceil_size
 
 # The paper's mixer: 1x1 and 3x3 convolutions beside 8x8 windows with a relative bias, joined by strips.
 DECODER_MIXER = MixerConfig(
@@ -85,7 +87,7 @@ class UNetFormerDecoder(nn.Module):
         mixer: Mixer of the blocks; by default the paper's, depthwise.
         mlp_ratio: Hidden width of the blocks' MLP over ``dim``.
         drop_rate: Rate of channels dropped before the classes.
-        img_size: Nominal side of an image, in pixels, for mixers with tables; any size works.
+        img_size: Nominal image size in pixels, one side or (height, width), for mixers with tables; any size works.
 
     Raises:
         ValueError: There are fewer than two maps, or ``dim`` does not divide into the mixer's heads.
@@ -101,7 +103,7 @@ class UNetFormerDecoder(nn.Module):
         mixer: MixerConfig | None = None,
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.1,
-        img_size: int = 224,
+        img_size: int | Sequence[int] = 224,
     ) -> None:
         super().__init__()
         if len(channels) < 2 or len(channels) != len(reductions):
@@ -109,12 +111,12 @@ class UNetFormerDecoder(nn.Module):
                 f"channels={tuple(channels)} with reductions={tuple(reductions)}; give two or more maps' channels, the"
                 " finest first, and a stride for each"
             )
-        act_layer = "hard_swish"
+        act_layer, size = "hard_swish", image_size(img_size)
         self.lateral = ConvNorm(channels[-1], dim)
         self.blocks = nn.ModuleList(
             GlobalLocalBlock(
                 GlobalLocalAttention(
-                    dim, config=mixer or DECODER_MIXER, map_size=(-(-img_size // stride),) * 2, stride=stride
+                    dim, config=mixer or DECODER_MIXER, map_size=ceil_size(size, stride), stride=stride
                 ),
                 Mlp(dim, hidden_dim=int(dim * mlp_ratio), act_layer=act_layer),
                 dim=dim,
@@ -173,7 +175,7 @@ def unetformer(
     mixer: MixerConfig | None = None,
     mlp_ratio: float = 4.0,
     drop_rate: float = 0.1,
-    img_size: int = 224,
+    img_size: int | Sequence[int] | None = None,
     **kwargs: Any,
 ) -> UNetFormer:
     """Return a segmentation network on a model by timm's name.
@@ -185,10 +187,16 @@ def unetformer(
         mixer: See `UNetFormerDecoder`.
         mlp_ratio: See `UNetFormerDecoder`.
         drop_rate: See `UNetFormerDecoder`.
-        img_size: See `UNetFormerDecoder`.
+        img_size: See `UNetFormerDecoder`; if given, a backbone that has one is made for it too.
         kwargs: Keywords of ``timm.create_model``: ``pretrained``, ``in_chans``, ``output_stride`` and so on.
     """
-    backbone = timm.create_model(name, features_only=True, **kwargs)
+    sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    try:
+        backbone = timm.create_model(name, features_only=True, **sized, **kwargs)
+    except TypeError as error:  # a network of convolutions alone
+        if not sized or "unexpected keyword argument 'img_size'" not in str(error):
+            raise
+        backbone = timm.create_model(name, features_only=True, **kwargs)
     return UNetFormer(
         backbone,
         num_classes=num_classes,
@@ -196,5 +204,5 @@ def unetformer(
         mixer=mixer,
         mlp_ratio=mlp_ratio,
         drop_rate=drop_rate,
-        img_size=img_size,
+        **sized,
     )
