@@ -178,6 +178,12 @@ def test_window_then_grid_reaches_every_cell(size, rounds):
         assert (grad.abs().amax(1) > 0).all()
 
 
+@pytest.mark.parametrize(("side", "window", "reached"), [(49, 7, True), (50, 7, False), (56, 7, False), (56, 8, True)])
+def test_window_and_grid_reach_every_cell_up_to_the_windows_square(side, window, reached):
+    near, far = (sees(MixerConfig(layout=kind, window_size=window), side, 1)[0].int() for kind in ("window", "grid"))
+    assert ((near @ far).bool().all(), (far @ near).bool().all()) == (reached, reached)
+
+
 @pytest.mark.parametrize(
     ("layout", "position", "mechanism"),
     product(layout=["multi_scale", "cross_shaped"], position=TABLES["position"], mechanism=TABLES["mechanism"]),
