@@ -6,7 +6,7 @@ import difflib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from timm.models import is_model, load_checkpoint, resolve_pretrained_cfg
 from timm.models._factory import parse_model_name
 from timm.models._hub import hf_split
 from timm.models._registry import split_model_name_tag
-from torch import nn
+from torch import Tensor, nn
 
 from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.glattn import GLAttn
@@ -35,7 +35,9 @@ from glattn.models.weights import (
     HTTP_ERROR,
     WEIGHTS,
     ask_hub,
+    check_digest,
     check_file,
+    check_finite,
     checkpoint_errors,
     missing_weights,
     one_line,
@@ -90,6 +92,12 @@ def _load_exactly(model: nn.Module, path: Path) -> None:
         checks = partial(checkpoint_filter_fn, named=True)
     with plain_errors(str(path)):
         load_checkpoint(model, str(path), filter_fn=checks)
+
+
+def check_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise a ``ValueError`` if a file's tensors have values that are not finite, or are not those that were saved."""
+    check_finite(tensors, str(path))
+    check_digest(tensors, path)
 
 
 def _fetch(model_name: str, source: str | None, model_id: str, kwargs: dict[str, Any]) -> str | None:

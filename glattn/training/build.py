@@ -19,7 +19,7 @@ from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistilla
 from torch import nn
 
 import glattn  # noqa: F401  (registers the family)
-from glattn.models.weights import check_digest, check_finite
+from glattn.hub.loading import check_weights
 from glattn.training.config import TrainConfig
 
 
@@ -91,8 +91,7 @@ def load_weights(model: nn.Module, path: str) -> bool:
     for what, names in (("lacks", missing), ("has unknown", unknown), ("has of another size", other)):
         if names:
             raise ValueError(f"{path} is of another model: it {what} {names[0]!r} ({len(names)} in all)")
-    check_finite(weights, path)
-    check_digest(read, Path(path))
+    check_weights(read, Path(path))
     model.load_state_dict(weights, strict=False)
     return all(name in weights for name in own if name.startswith(heads))
 
