@@ -81,7 +81,7 @@ def shrink(model: nn.Module, fresh: nn.Module) -> None:
 
 
 def check_begins(runs: Sequence[Path]) -> None:
-    """Raise a ``ValueError`` unless each run began with weights of the next one, and the last with none."""
+    """Raise a ``ValueError`` unless all runs began with weights but the last, which began with none."""
     for number, run in enumerate(runs, 1):
         config = yaml.safe_load((run / "config.yaml").read_text())
         began = bool(config.get("checkpoint") or config.get("pretrained"))

@@ -145,6 +145,7 @@ class Proxies:
         if time.monotonic() >= self.args.end:
             print("time is up; the same command goes on")
             return None
+        self.check_recipe()  # which the training reads again
         folder, data = self.folder(model, lr, seed), self.chosen_data(seed)
         print(f"{model} lr {lr:g} seed {seed}", flush=True)
         begun = time.monotonic()

@@ -99,7 +99,7 @@ def test_the_nominal_size_is_the_backbone_s_too():
     assert model.eval()(torch.randn(1, 3, 40, 60)).shape == (1, 2, 40, 60)
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "resnet18", "test_efficientnet", "regnety_002"])
+@pytest.mark.parametrize("name", ["test_convnext", "resnet18", "test_efficientnet", "poolformerv2_s12"])
 def test_a_backbone_without_a_nominal_size_gets_none(name):
     options = {"num_classes": 2, "dim": 16, "mixer": MixerConfig(layout="full", position="bias", head_dim=8)}
     tables = [unetformer(name, img_size=s, **options).decoder.blocks[0].mixer.attn for s in (64, (64, 96))]

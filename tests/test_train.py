@@ -714,7 +714,7 @@ def test_a_teacher_without_these_classes_has_no_logits_to_teach(trainer, wrong_t
         {"teacher": "test_resnet", "teacher_checkpoint": str(tmp_path / "other.safetensors")},
         {"teacher": "glattn_atto"},  # of a thousand fractals
     ):
-        with pytest.raises(ValueError, match="no classifier of the data's 3 classes"):
+        with pytest.raises(ValueError, match="classifier is not of the data's 3 classes"):
             trainer(**teacher)
         trainer(**teacher, distill="features")
     folder = Path(wrong_teacher).parent
@@ -723,8 +723,15 @@ def test_a_teacher_without_these_classes_has_no_logits_to_teach(trainer, wrong_t
     config["label_names"].reverse()
     shutil.copytree(folder, tmp_path / "turned")
     (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="no classifier of the data's 3 classes"):
+    with pytest.raises(ValueError, match="classifier is not of the data's 3 classes"):
         trainer(teacher=f"local-dir:{tmp_path / 'turned'}")
+    config["label_names"] = {str(number): name for number, name in enumerate(config["label_names"])}
+    (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="classifier is not of the data's 3 classes"):
+        trainer(teacher=f"local-dir:{tmp_path / 'turned'}")
+    config["label_names"] = ["n01", "n02", "n03"]  # of the same, for all that is known
+    (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
+    trainer(teacher=f"local-dir:{tmp_path / 'turned'}")
 
 
 @MODELS

@@ -181,11 +181,9 @@ def test_the_users_source_comes_before_them(create, source, hub_client, tmp_path
 @pytest.mark.parametrize(
     ("given", "cleared"),
     [
-        ({"url": "u"}, {"file", "hf_hub_id", "label_names"}),
-        ({"hf_hub_id": "r"}, {"file", "label_names"}),
-        ({"hf_hub_filename": "f"}, {"file", "label_names"}),
-        ({"file": "f"}, {"label_names"}),
-        ({"file": "f", "label_names": ("a", "b")}, set()),
+        ({"url": "u"}, {"file", "hf_hub_id"}),
+        ({"hf_hub_id": "r"}, {"file"}),
+        ({"hf_hub_filename": "f"}, {"file"}),
         ({"hf_hub_id": None}, set()),
         ({"num_classes": 3}, set()),
         (None, set()),
@@ -215,6 +213,11 @@ def test_other_weights_carry_no_names_of_fractals(tmp_path):
         timm.create_model("glattn_atto", checkpoint_path=str(tmp_path / "mine.safetensors")),
     ):
         assert not model.pretrained_cfg.get("label_names")
+    overlay |= {"source": None}
+    named = push(timm.create_model("glattn_atto", num_classes=2), "org/mine", dry_run=tmp_path / "a", label_names="ab")
+    save_file(timm.create_model("glattn_atto", num_classes=2).state_dict(), tmp_path / "mine.safetensors")
+    named = timm.create_model(f"local-dir:{named}", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert list(named.pretrained_cfg["label_names"]) == ["a", "b"]  # the user's own
     push(ours, "org/mine", dry_run=tmp_path / "pushed")
     assert "fractal0" not in (tmp_path / "pushed" / "config.json").read_text()
 

@@ -64,7 +64,7 @@ def stem_encoder(name: str, **kwargs: Any) -> str:
         name: Name of the model, such as ``glattn_small``.
         kwargs: Keywords of ``timm.create_model``: ``pretrained``, ``drop_path_rate`` and so on. ``in_chans``,
             depth and stride are the decoder's to say. The name that is returned tells them, so that a model made
-            again with others does not take its place.
+            again with others does not take its place; to load a saved model, call this with the same ones before.
     """
     encoder = ",".join([f"{name}+stem", *(f"{key}={kwargs[key]!r}" for key in sorted(kwargs))])
     encoders[encoder] = {"encoder": StemEncoder, "pretrained_settings": {}, "params": {"name": name, **kwargs}}

@@ -4,6 +4,7 @@ Theirs is tied to maps that halve exactly and normalises in front of each branch
 neighbour whatever their sizes, and all norms fold (see `glattn.layers`).
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -194,7 +195,7 @@ def unetformer(
     try:
         backbone = timm.create_model(name, features_only=True, **sized, **kwargs)
     except TypeError as error:  # a network of convolutions alone
-        if not sized or "unexpected keyword argument 'img_size'" not in str(error):
+        if not sized or not re.search(r"unexpected keyword argument.*img_size", str(error)):
             raise
         backbone = timm.create_model(name, features_only=True, **kwargs)
     return UNetFormer(

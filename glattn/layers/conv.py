@@ -40,8 +40,8 @@ def counts() -> bool:
 class BatchNorm2d(nn.BatchNorm2d):
     """torch's BatchNorm2d that also trains at batch 1 on a 1x1 map, where a channel has no variance.
 
-    There, and only there, it normalises by its running statistics and leaves them as they are. Under gradient
-    checkpointing, whosever, a batch counts once.
+    There, and only there, it normalises by its running statistics and leaves them as they are. What is computed within
+    a backward pass does not count: under gradient checkpointing a batch counts once.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)

@@ -193,7 +193,7 @@ class GLAttn(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
-        if cfg := getattr(self, "pretrained_cfg", None):
+        if isinstance(cfg := getattr(self, "pretrained_cfg", None), dict):
             cfg.pop("label_names", None)
 
     def forward_intermediates(
@@ -313,8 +313,11 @@ default_cfgs = generate_default_cfgs(dict(map(_variant_cfg, VARIANTS)))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    own = not isinstance(kwargs.get("pretrained_cfg"), Mapping | PretrainedCfg)
-    kwargs["pretrained_cfg_overlay"] = source_overlay(kwargs.get("pretrained_cfg_overlay"), loads=pretrained or not own)
+    overlay = source_overlay(kwargs.get("pretrained_cfg_overlay"))
+    other = any(overlay.get(name) for name in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename"))
+    if (other or not pretrained) and not isinstance(kwargs.get("pretrained_cfg"), Mapping | PretrainedCfg):
+        overlay.setdefault("label_names", None)  # those of the variant's own weights, which are not loaded
+    kwargs["pretrained_cfg_overlay"] = overlay
     source = {name: kwargs.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
     with reading_checkpoint(variant, pretrained, **source):
         return build_model_with_cfg(

@@ -32,7 +32,6 @@ HUB = "glattn"  # organisation whose repositories are named like the variants
 # What the Hub's client raises where no answer came: httpx's or, in older versions, requests' base class.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 DIGEST = "sha256"  # key of the safetensors metadata
-_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename")
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: averaged weights first
 
 
@@ -90,14 +89,9 @@ def weights_file(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) ->
     return None, "checkpoint"
 
 
-def source_overlay(overlay: Mapping[str, Any] | None, *, loads: bool = True) -> dict[str, Any]:
-    """Return a ``pretrained_cfg_overlay`` whose URL or repository, if any, comes before the variant's own weights.
-
-    The names of their classes go with them: they are left out where other weights are named, or none are loaded.
-    """
+def source_overlay(overlay: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a ``pretrained_cfg_overlay`` whose URL or repository, if any, comes before the variant's own weights."""
     given = dict(overlay or {})
-    if not loads or any(given.get(name) for name in _SOURCES):
-        given = {"label_names": None, **given}
     if given.get("url"):
         return {"file": None, "hf_hub_id": None, **given}
     if given.get("hf_hub_id") or given.get("hf_hub_filename"):

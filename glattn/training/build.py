@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def build_model(config: TrainConfig, num_classes: int, *, start: bool = True) ->
     Args:
         config: The run's.
         num_classes: Of the data.
-        start: Read the weights to start from, if any; a run that goes on has its own.
+        start: Read the file of weights to start from, if any; a run that goes on has its own.
 
     Raises:
         ValueError: The model or one of its options is unknown, or the weights are of another model.
@@ -37,7 +37,7 @@ def build_model(config: TrainConfig, num_classes: int, *, start: bool = True) ->
     arguments = dict(config.model_args)
     if config.drop_path_rate:
         arguments["drop_path_rate"] = config.drop_path_rate
-    own = {"pretrained": config.pretrained and start, "num_classes": num_classes, "drop_rate": config.drop_rate}
+    own = {"pretrained": config.pretrained, "num_classes": num_classes, "drop_rate": config.drop_rate}
     if twice := sorted(own.keys() & arguments.keys()):
         raise ValueError(f"model_args.{twice[0]}: take it out; classes are the data's, the others keys of the recipe")
     arguments |= own
@@ -130,20 +130,28 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
     Raises:
         ValueError: Its logits are matched, but it comes without a classifier of these classes.
     """
-    given = config.teacher_checkpoint or config.teacher
-    teacher = create(config.teacher, pretrained=not config.teacher_checkpoint, num_classes=len(class_names))
+    teacher: Any = create(config.teacher, pretrained=not config.teacher_checkpoint, num_classes=len(class_names))
     if config.teacher_checkpoint:
         knows = load_weights(teacher, config.teacher_checkpoint)
     else:
-        names = teacher.pretrained_cfg.get("label_names")
-        knows = teacher.pretrained_cfg.get("num_classes") == len(class_names)
-        knows = knows and (not names or isinstance(names, dict) or list(names) == list(class_names))
+        names, knows = label_names(teacher), teacher.pretrained_cfg.get("num_classes") == len(class_names)
+        # names of which none is the data's may stand for the same: words, and WordNet's numbers as folders
+        knows = knows and (names == tuple(class_names) or not set(names) & set(class_names))
     if config.distill == "logits" and not knows:
         raise ValueError(
-            f"teacher {given!r}: no classifier of the data's {len(class_names)} classes, so its logits say nothing; "
-            "train it on these images first (teacher_checkpoint=FILE), or take distill=features"
+            f"teacher {config.teacher_checkpoint or config.teacher!r}: its classifier is not of the data's "
+            f"{len(class_names)} classes in their order, so its logits say nothing; train it on these images first "
+            "(teacher_checkpoint=FILE), or take distill=features"
         )
     return teacher
+
+
+def label_names(model: Any) -> tuple[str, ...]:
+    """Return the names of the classes of a model's pretrained weights, by class index; none where it has none."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    if isinstance(names, Mapping):  # {index: name}, the index as text where it came from JSON
+        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    return tuple(names)
 
 
 def build_task(

@@ -95,7 +95,7 @@ def _load_file(path: Path, model_name: str | None, model_args: dict[str, Any]) -
         model_args = {"pretrained_cfg": cfg, "num_classes": cfg["num_classes"], **(saved or {}), **model_args}
     else:
         raise ValueError(
-            f"{path}: no config.json beside it tells its model; name that, and give the file by --checkpoint"
+            f"{path}: no config.json beside it tells its model; give the model's name, and the file by --checkpoint"
         )
     return create_model(model_name, checkpoint_path=str(path), **model_args)
 
