@@ -1,5 +1,6 @@
 """Two processes train as one would: the same curve, every validation image counted once, one writer, resumed."""
 
+import copy
 import os
 import shutil
 import signal
@@ -11,9 +12,11 @@ from types import SimpleNamespace
 
 import image_folders
 import pytest
+import timm
 import torch
 import training_runs as runs
 from accelerate.utils import DistributedType
+from torch import distributed as dist
 from training_runs import SMALL, assert_same
 
 from glattn.training import distributed
@@ -163,3 +166,18 @@ def test_launches_that_would_go_wrong_are_refused(kind, launched, message, monke
     monkeypatch.setenv("WORLD_SIZE", str(launched))
     with pytest.raises(ValueError, match=message):
         distributed.start_accelerator(TrainConfig())
+
+
+def test_a_checkpointed_batch_counts_once():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = timm.create_model("test_glattn").train()
+        distributed.convert_batch_norm(model, torch.device("cpu"))
+        other, image = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+        other.set_grad_checkpointing()
+        for each in (model, other):
+            each(image).square().mean().backward()
+    finally:
+        dist.destroy_process_group()
+    for (name, a), b in zip(model.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(b, a, msg=name)

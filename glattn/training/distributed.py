@@ -94,7 +94,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             if self.affine:
                 out = out * self.weight.view(shape) + self.bias.view(shape)
             out = out.to(x.dtype)
-            if self.track_running_stats:
+            # within a backward pass, checkpointing computes again what was counted
+            if self.track_running_stats and torch._C._current_graph_task_id() == -1:
                 self._update(mean.detach(), var.detach() * (count / max(count - 1, 1)))
         for name in ("drop", "act"):
             after = self._modules.get(name)
