@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import make_weights
 import numpy as np
 import timm
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv
 
@@ -200,7 +201,8 @@ def draw(rows: list[Row], path: Path) -> None:
             tests = [float(row["test_top1"]) for row in rows if (row["model"], row["data"]) == (arm, task)]
             if tests:
                 x = place + (number - (len(arms) - 1) / 2) * width
-                axes.bar(x, sum(tests) / len(tests), width * 0.9, color=f"C{number}", alpha=0.6, label=label)
+                colour = colormaps["tab20"](number % 20)
+                axes.bar(x, sum(tests) / len(tests), width * 0.9, color=colour, alpha=0.6, label=label)
                 axes.plot([x] * len(tests), tests, ".", color="#1e293b", markersize=4)
                 label = None
     axes.set_xticks(range(len(tasks)), tasks)
