@@ -36,6 +36,8 @@ DRAWINGS = {
     "emoji": ("atto", "speed-atto"),
     "icons100-others": ("atto", "speed-others"),
     "emoji-others": ("atto", "speed-others"),
+    "emoji-pico": ("pico", "speed-pico"),
+    "emoji-nano": ("nano", "speed-nano"),
     "icons100-tiny": ("tiny", "speed-tiny"),
     "emoji-tiny": ("tiny", "speed-tiny"),
 }
