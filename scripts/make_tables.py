@@ -420,12 +420,12 @@ saw {seen:,} pictures:
 def when_it_helps(model: str, folder: Path) -> str:
     """Return, for a card, what a model gained by its weights on each task, and how they began."""
     compared, arms = transferred()
-    rows = []
+    rows, digest = [], start_digest(f"{model}:pretrained")
     for (task, other), row in sorted(compared.items(), key=lambda item: list(TASKS).index(item[0][0])):
         scratch, _, times = other.partition("*")
         if (row["model"], scratch) == (f"{model}:pretrained", f"{model}:scratch"):
             starts = json.loads((ROOT / "docs" / "results" / "transfer" / task / "starts.json").read_text())
-            if starts[row["model"]] != start_digest(row["model"]):
+            if starts[row["model"]] != digest:
                 raise ValueError(
                     f"docs/results/transfer/{task} is of other weights than the package's: transfer.py anew"
                 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import distributed as dist
 
 
 def pytest_addoption(parser):
@@ -11,3 +12,11 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -16,7 +16,6 @@ import timm
 import torch
 import training_runs as runs
 from accelerate.utils import DistributedType
-from torch import distributed as dist
 from training_runs import SMALL, assert_same
 
 from glattn.training import distributed
@@ -168,16 +167,13 @@ def test_launches_that_would_go_wrong_are_refused(kind, launched, message, monke
         distributed.start_accelerator(TrainConfig())
 
 
+@pytest.mark.usefixtures("one_process")
 def test_a_checkpointed_batch_counts_once():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = timm.create_model("test_glattn").train()
-        distributed.convert_batch_norm(model, torch.device("cpu"))
-        other, image = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
-        other.set_grad_checkpointing()
-        for each in (model, other):
-            each(image).square().mean().backward()
-    finally:
-        dist.destroy_process_group()
+    model = timm.create_model("test_glattn").train()
+    distributed.convert_batch_norm(model, torch.device("cpu"))
+    other, image = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    other.set_grad_checkpointing()
+    for each in (model, other):
+        each(image).square().mean().backward()
     for (name, a), b in zip(model.named_buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(b, a, msg=name)

@@ -166,14 +166,6 @@ def test_what_timm_s_validate_py_does_to_a_model(tmp_path):
         torch.testing.assert_close(model.eval()(x), trained.eval()(x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture
-def one_process():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_fsdp2_by_block_takes_the_same_step(one_process):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 import glattn  # noqa: F401  (registers the family)
 from glattn.hub.loading import check_weights
+from glattn.training.classifier import by_index
 from glattn.training.config import TrainConfig
 
 
@@ -134,7 +135,8 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
     if config.teacher_checkpoint:
         knows = load_weights(teacher, config.teacher_checkpoint)
     else:
-        names, knows = label_names(teacher), teacher.pretrained_cfg.get("num_classes") == len(class_names)
+        cfg, count = teacher.pretrained_cfg, len(class_names)
+        names, knows = by_index(cfg.get("label_names") or (), count), cfg.get("num_classes") == count
         # names of which none is the data's may stand for the same: words, and WordNet's numbers as folders
         knows = knows and (names == tuple(class_names) or not set(names) & set(class_names))
     if config.distill == "logits" and not knows:
@@ -144,14 +146,6 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
             "(teacher_checkpoint=FILE), or take distill=features"
         )
     return teacher
-
-
-def label_names(model: Any) -> tuple[str, ...]:
-    """Return the names of the classes of a model's pretrained weights, by class index; none where it has none."""
-    names = model.pretrained_cfg.get("label_names") or ()
-    if isinstance(names, Mapping):  # {index: name}, the index as text where it came from JSON
-        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
-    return tuple(names)
 
 
 def build_task(

@@ -110,6 +110,13 @@ def _count_classes(path: Path, classifier: str) -> int:
     return int(found[0].shape[0])
 
 
+def by_index(names: Any, count: int) -> tuple[str, ...]:
+    """Return the names of this many classes of a ``pretrained_cfg``: a list of them, or each under its index."""
+    if isinstance(names, Mapping):  # the index as text where it came from JSON
+        names = [names.get(index, names.get(str(index), "")) for index in range(count)]
+    return tuple(str(name) for name in names)
+
+
 def _names(cfg: Mapping[str, Any], count: int, checkpoint: str) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     names: Any = cfg.get("label_names")
     described: Any = cfg.get("label_descriptions") or {}
@@ -119,9 +126,7 @@ def _names(cfg: Mapping[str, Any], count: int, checkpoint: str) -> tuple[tuple[s
             return None, tuple(f"class {index}" for index in range(count))
         info = ImageNetInfo(subset)
         names, described = info.label_names(), info.label_descriptions(as_dict=True)
-    if isinstance(names, Mapping):  # {index: name}, the index as text where it came from JSON
-        names = [names.get(index, names.get(str(index), "")) for index in range(count)]
-    names = tuple(str(name) for name in names)
+    names = by_index(names, count)
     if len(names) != count:
         raise ValueError(f"{checkpoint}: its config.json names {len(names)} classes, but the model has {count}")
     return names, tuple(described.get(name, name) for name in names)
