@@ -9,7 +9,7 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-from glattn.heads import FPNBackbone, fpn_backbone
+from glattn.heads import FPNBackbone, UNetFormer, fpn_backbone
 
 LEVELS = {"pool": ["0", "1", "2", "3", "pool"], "p6p7": ["0", "1", "2", "p6", "p7"]}
 
@@ -24,6 +24,18 @@ def test_levels_have_their_names_channels_and_sizes(extra, size):
     start = {"pool": 4, "p6p7": 8}[extra]
     for i, level in enumerate(levels.values()):
         assert level.shape == (2, 24, *(-(-side // (start * 2**i)) for side in size))
+
+
+def test_maps_of_a_body_that_works_in_nhwc_are_turned():
+    narrow = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2}
+    backbone = fpn_backbone("swin_tiny_patch4_window7_224", out_channels=24, img_size=64, **narrow).eval()
+    x = torch.randn(2, 3, 64, 64)
+    maps = backbone.body(x)
+    assert [each.shape[1] for each in maps] == [16, 8, 4, 2]
+    wanted = backbone.fpn({str(i): each.permute(0, 3, 1, 2) for i, each in enumerate(maps)})
+    for name, level in backbone(x).items():
+        assert torch.equal(level, wanted[name])
+    assert UNetFormer(backbone.body, num_classes=2, dim=16).eval()(x).shape == (2, 2, 64, 64)
 
 
 @pytest.mark.parametrize("extra", LEVELS)

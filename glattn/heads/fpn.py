@@ -16,6 +16,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from glattn.config import check_choice
+from glattn.heads.features import feature_maps
 
 
 def _pool(in_channels: int, out_channels: int) -> ExtraFPNBlock:
@@ -81,7 +82,7 @@ class FPNBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the levels, the finest first."""
-        return self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(self.body(x))))
+        return self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(feature_maps(self.body, x))))
 
 
 def fpn_backbone(

@@ -16,6 +16,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from glattn.config import MixerConfig
+from glattn.heads.features import feature_maps
 from glattn.layers import ConvNorm, GlobalLocalAttention, GlobalLocalBlock, Mlp
 from glattn.layers.layout import upsample
 from glattn.models.glattn import image_size
@@ -164,7 +165,7 @@ class UNetFormer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the classes' logits a pixel."""
-        logits = self.decoder(self.backbone(x))
+        logits = self.decoder(feature_maps(self.backbone, x))
         return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=False)
 
 
