@@ -21,7 +21,7 @@ from glattn.layers import (
     MultiScaleConv,
 )
 from glattn.layers.augmented import AugmentedConv, offset_embedding, relative_logits
-from glattn.layers.conv import BatchNorm2d, Pointwise
+from glattn.layers.conv import BatchNorm2d, ConvNorm, Pointwise
 
 DIM = 16
 GROUPS = ["depthwise", "dense", 4]
@@ -335,6 +335,82 @@ def test_without_running_statistics_the_batch_has_its_own(training):
     mine, theirs = (kind(3, track_running_stats=False).train(training) for kind in (BatchNorm2d, nn.BatchNorm2d))
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(mine(x), theirs(x))
+
+
+# strides that fit two memory formats, where a side or the batch is 1: torch's own norm reads the first four wrongly
+AMBIGUOUS = [
+    ((1, 3, 4, 5), (3, 1, 15, 3)),
+    ((1, 3, 4, 5), (0, 1, 15, 3)),
+    ((2, 3, 1, 5), (15, 1, 3, 3)),
+    ((2, 3, 5, 1), (15, 1, 15, 3)),
+    ((1, 3, 4, 5), (60, 20, 5, 1)),
+    ((2, 3, 1, 1), (1, 2, 7, 0)),
+]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("size", "strides"), AMBIGUOUS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_s_gradient_is_right_whatever_strides_come_back(training, size, strides, memory_format):
+    norm = enliven(BatchNorm2d(3, dtype=torch.float64)).train(training)
+    x = torch.randn(size, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    grad = torch.randn(200, dtype=torch.float64).as_strided(size, strides)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    given = torch.autograd.grad(norm(x), (x, *norm.parameters()), grad)
+    if training:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    wanted = (x - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+    for mine, theirs in zip(given, torch.autograd.grad(wanted, (x, *norm.parameters()), grad.clone()), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("options", [{"local": "augmented", "fusion": "local"}, {}])
+def test_gradients_of_one_image_are_those_of_a_batch_of_it(options):
+    model = randomize(timm.create_model("test_glattn", num_classes=0, global_pool="", **options)).double().eval()
+    image, weight = torch.randn(1, 3, 96, 160, dtype=torch.float64), torch.randn(15, 1, dtype=torch.float64)
+
+    def gradient(x):
+        x = x.clone().requires_grad_()
+        (model(x).flatten(2).transpose(1, 2) * weight).square().sum().backward()
+        return x.grad[:1]
+
+    torch.testing.assert_close(gradient(image), gradient(image.repeat(2, 1, 1, 1)))
+
+
+# with AMX, torch computes the first four wrongly in bfloat16: their outputs, or the gradients of their weights
+NARROW = [
+    (160, 448, 1, 3, 2, (6, 2)),
+    (3, 16, 1, 3, 2, (13, 1)),
+    (64, 64, 64, 5, 4, (13, 1)),
+    (32, 32, 32, 9, 8, (4, 4)),
+    (16, 32, 1, 3, 2, (2, 6)),
+    (16, 32, 1, 3, 2, (5, 5)),
+]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", NARROW)
+@pytest.mark.parametrize("folded", [False, True])
+def test_strided_convolutions_of_narrow_maps_in_bfloat16(folded, shape, memory_format):
+    dim, out, groups, kernel, stride, size = shape
+    norm = ConvNorm(dim, out, kernel_size=kernel, stride=stride, groups=groups).eval()
+    conv = (norm.fuse() if folded else norm.conv).to(torch.bfloat16, memory_format=memory_format)
+    x = torch.randn(2, dim, *size).bfloat16().to(memory_format=memory_format).requires_grad_()
+    weight, bias = conv.weight.detach().float().requires_grad_(), None if conv.bias is None else conv.bias.float()
+    wanted = F.conv2d(x.float(), weight, bias, stride, kernel // 2, 1, groups)
+    grad = torch.randn_like(wanted).bfloat16()
+    with torch.no_grad():
+        results = [conv(x) for _ in range(3)]  # the third by a weight that is laid out
+    results.append(conv(x))
+    for result in results:
+        assert result.shape == wanted.shape
+        torch.testing.assert_close(result.float(), wanted, atol=0.03, rtol=0.03)
+    (given,), (expected,) = (
+        torch.autograd.grad(results[-1], conv.weight, grad),
+        torch.autograd.grad(wanted, weight, grad),
+    )
+    assert (given.float() - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])

@@ -10,9 +10,9 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from glattn.layers.conv import BatchNorm2d, Pointwise
+from glattn.layers.conv import BatchNorm2d, Pointwise, StridedConv
 
-_CONVS = (nn.Conv2d, Conv2dSame, Pointwise)
+_CONVS = (nn.Conv2d, Conv2dSame, Pointwise, StridedConv)
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d, BatchNorm2d)
 
 

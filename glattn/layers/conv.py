@@ -28,7 +28,23 @@ def batch_norm(
 ) -> Tensor:
     """Batch normalisation that takes its running statistics where a channel has a single value, even in training."""
     batch_statistics = running_mean is None or (training and x.numel() > x.shape[1])
-    return F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
+    if sizes_are_known() and out.requires_grad and 1 in [out.shape[0], out.shape[2], out.shape[3]]:
+        # On the CPU, torch reads a gradient wrongly whose strides fit two memory formats, as they do where a size is 1:
+        # that of `out.flatten(2).transpose(1, 2)` at batch 1. That of merged axes has the map's own format.
+        rows = out.permute(0, 2, 3, 1)
+        if out.is_contiguous():
+            out = _merged_and_split(out)
+        elif rows.is_contiguous() and 1 in [out.shape[2], out.shape[3]]:
+            out = _merged_and_split(rows).permute(0, 3, 1, 2)
+    return out
+
+
+def _merged_and_split(x: Tensor) -> Tensor:
+    """Return the same tensor, no view of it in autograd's eyes: in-place activations would have it copied."""
+    merged: Tensor = torch.ops.aten._unsafe_view(x, [x.shape[0], -1])
+    split: Tensor = torch.ops.aten._unsafe_view(merged, x.shape)
+    return split
 
 
 @torch.jit.ignore
@@ -124,6 +140,45 @@ class Pointwise(nn.Conv2d):
         return pointwise(input, self.weight, self.bias)
 
 
+def becomes_one_wide(width: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """Tell whether a strided convolution's output is one cell wide."""
+    return stride > 1 and width + 2 * padding - dilation * (kernel - 1) <= stride
+
+
+@torch.fx.wrap
+def strided(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """A convolution; height and width change places on the CPU where the output is one cell wide.
+
+    In bfloat16, oneDNN computes that wrongly with AMX: the output where it is higher, the weight's gradient even where
+    it is not.
+    """
+    if (
+        sizes_are_known()
+        and x.device.type == "cpu"
+        and becomes_one_wide(x.shape[3], weight.shape[3], stride[1], padding[1], dilation[1])
+    ):
+        turned = (stride[1], stride[0]), (padding[1], padding[0]), (dilation[1], dilation[0])
+        out = F.conv2d(x.transpose(2, 3), weight.transpose(2, 3), bias, turned[0], turned[1], turned[2], groups)
+        return out.transpose(2, 3)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+class StridedConv(nn.Conv2d):
+    """torch's Conv2d of zero padding, computed by `strided`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """Return the convolved ``(B, C, H, W)`` map."""
+        return strided(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
 class FoldedConv(nn.Conv2d):
     """torch's Conv2d in a folded model: in inference on x86 it keeps its weight as oneDNN lays it out.
 
@@ -139,13 +194,23 @@ class FoldedConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Return the convolved ``(B, C, H, W)`` map."""
         if not torch.jit.is_scripting():
-            if onednn.takes(input):
+            if onednn.takes(input) and not self.is_one_wide(input):
                 convolve = self.prepared(input)
                 if convolve is not None:
                     return convolve(input, self.bias)
         if self.is_product():
             return pointwise(input, self.weight, self.bias)
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return strided(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return self._conv_forward(input, self.weight, self.bias)
+
+    @torch.jit.ignore
+    def is_one_wide(self, x: Tensor) -> bool:
+        """Tell whether oneDNN computes the map wrongly, see `strided`."""
+        kernel, stride, dilation = self.kernel_size[1], self.stride[1], self.dilation[1]
+        return not isinstance(self.padding, str) and becomes_one_wide(
+            x.shape[3], kernel, stride, self.padding[1], dilation
+        )
 
     def is_product(self) -> bool:
         """Tell whether each cell is multiplied with one matrix."""
@@ -236,7 +301,7 @@ class ConvNorm(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        kind = Pointwise if kernel_size == stride == groups == 1 else nn.Conv2d
+        kind = Pointwise if kernel_size == stride == groups == 1 else StridedConv if stride > 1 else nn.Conv2d
         self.conv = kind(
             in_channels,
             out_channels,
