@@ -277,6 +277,7 @@ def run(args: argparse.Namespace) -> int:
     """Export, and print what was written and how near it is."""
     from timm.models import get_pretrained_cfg
 
+    from glattn.files import user_path
     from glattn.hub import create_model
     from glattn.models.weights import missing_weights
 
@@ -296,7 +297,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name} has no weights yet: its parameters are random")
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     default = (run_folder if run_folder.is_dir() else Path()) / f"{cfg['architecture']}{FORMATS[args.to].suffix}"
-    output = Path(args.output) if args.output else default
+    output = user_path(args.output) if args.output else default
     if output.suffix != FORMATS[args.to].suffix:
         raise ValueError(f"--output {output}: a file for {args.to} ends in {FORMATS[args.to].suffix}")
     done = export(model, args.to, output, tolerance=args.tolerance, img_size=args.img_size)

@@ -29,6 +29,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def user_path(text: str | Path) -> Path:
+    """Return a path as a user gives it: ``~`` is the home folder, but where it only begins a name."""
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # nobody's home
+        return path
+
+
 def plain(text: str) -> str:
     """Return text with ``\\udce9``, spelt out, for a byte of a file's name that is no UTF-8."""
     return text.encode(errors="backslashreplace").decode()

@@ -93,10 +93,15 @@ def test_leftovers_of_killed_runs_are_swept(reference, images, halted):
     (halted / ".best-a1b2c3d4" / "model").mkdir(parents=True)
     (halted / "checkpoints" / ".state-a1b2c3d4").mkdir()
     (halted / "checkpoints" / ".state-a1b2c3d4" / "state.pt").write_bytes(b"half")
-    (halted / ".notes").write_text("a person's")
+    persons = [halted / ".notes", halted / ".env-template", halted / ".vscode-settings" / "x"]
+    for path in persons:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a person's")
     finish(halted, images)
-    assert (halted / ".notes").read_text() == "a person's"
-    (halted / ".notes").unlink()
+    for path in persons:
+        assert path.read_text() == "a person's"
+        path.unlink()
+    persons[-1].parent.rmdir()
     assert_same_run(halted, reference)
     assert not list(halted.rglob(".*"))
 

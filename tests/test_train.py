@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -319,6 +320,12 @@ MISTAKES = {
     "resume=always": "resume='always': allowed is 'auto' or nothing",
     "compile_mode=reduce-overhead": "does nothing without compile=true",
     "compile=true compile_mode=reduce-overhead accumulate=2": "loses gradients between the parts of accumulate=2",
+    "distill_weight=0.9": "distill_weight=0.9 does nothing without teacher=MODEL",
+    "teacher_checkpoint=x": "teacher_checkpoint=x does nothing without teacher=MODEL",
+    "precision=fp16": "precision=fp16: a CPU does not train in it",
+    "val_split=tset": "val_split='tset': no such folder in",
+    "data=~nobody/x": "no folder '~nobody/x'",
+    "seed=2020-13-45": "seed='2020-13-45' is a str; it must be a whole number",
     "epochs": "'epochs' is no key=value",
     "lr.x=1": "'lr' holds no keys of its own",
     "optimizer=adamwish": "optimizer='adamwish'",
@@ -356,12 +363,14 @@ def test_mistakes_in_recipes_name_the_recipe(tmp_path, capsys):
         ("epocs: 3", f"unknown key 'epocs' in {recipe}; did you mean 'epochs'?"),
         ("- a\n- b", "a recipe is a list of `key: value` lines"),
         ("lr: [", "is no YAML"),
+        ("seed: 2020-13-45", f"{recipe} is no YAML: month must be in 1..12"),
     ):
         recipe.write_text(text)
         assert main(["train", "--config", str(recipe)]) == 1
         assert expected in capsys.readouterr().err
-    assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 1
-    assert "no recipe" in capsys.readouterr().err
+    for path in (str(tmp_path / "none.yaml"), ""):
+        assert main(["train", "--config", path]) == 1
+        assert "no recipe" in capsys.readouterr().err
     assert main(["train"]) == 1
     assert "no images given" in capsys.readouterr().err
 
@@ -596,6 +605,23 @@ def test_early_stop(trainer, capsys):
 def test_divergence_is_said(trainer):
     with pytest.raises(ValueError, match=r"the loss is (nan|inf)"):
         trainer(lr=1e12, min_lr=1e12, optimizer="sgd", clip_grad=None, epochs=2).run()
+
+
+def test_a_model_that_has_become_no_number_is_not_kept(trainer):
+    t = trainer(epochs=2)
+    t.train_epoch = lambda: 1.0
+    with torch.no_grad():
+        t.model.get_classifier().bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="the validation loss is nan in epoch 1"):
+        t.run()
+    assert not (t.folder / "best").exists()
+
+
+def test_training_needs_no_standard_output(images, tmp_path):
+    options = [f"{name}={value}" for name, value in {**QUICK, "data": images, "run": tmp_path / "run"}.items()]
+    command = shlex.join([sys.executable, "-m", "glattn", "train", *options, "epochs=1"])
+    assert subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, check=True).stderr.count(b"Error") == 0
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
 
 
 def test_grad_checkpointing_recomputes_and_changes_nothing(trainer):

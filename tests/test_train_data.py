@@ -138,6 +138,10 @@ def two_of_one_name(root):
     write_class(root / "train" / "group" / "red", (200, 30, 30), 2)
 
 
+def one_within_another(root):
+    write_class(root / "train" / "red" / "crimson", (200, 30, 30), 2)
+
+
 def loose_images(root):
     noisy((1, 2, 3), 0).save(root / "train" / "loose.png")
 
@@ -157,6 +161,7 @@ PROBLEMS = {
     other_val_class: "(partial_val=true allows it): 'red'; without training images: 'rose'",
     one_class: "one class only ('red')",
     two_of_one_name: "class 'red' has two folders",
+    one_within_another: "red holds images, and so does crimson in it",
     loose_images: "holds images of no class (loose.png",
     no_images: "no images in",
     val_only: "holds val but no train folder",

@@ -90,7 +90,6 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and draw."""
     import os
     import sys
-    from pathlib import Path
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter, read when torch is imported
     import torch
@@ -99,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from glattn.benchmark import machine, rows
     from glattn.benchmark.figures import draw_scaling, draw_speed
     from glattn.benchmark.session import Session, Settings
+    from glattn.files import user_path
 
     for name in ("rounds", "turn", "minutes", "threads"):
         value = getattr(args, name)
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
-    folder = Path(args.out).expanduser()
+    folder = user_path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} cannot be written to; give another --out")

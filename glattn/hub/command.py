@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Push, and print where the model lies and how to load it."""
+    from glattn.files import user_path
     from glattn.hub.publish import push
 
     where = push(
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         private=args.private,
         revision=args.revision,
         message=args.message,
-        dry_run=args.dry_run,
+        dry_run=user_path(args.dry_run) if args.dry_run else None,
     )
     print(where)
     name = f"{args.repo}@{args.revision}" if args.revision else args.repo

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistilla
 from torch import nn
 
 import glattn  # noqa: F401  (registers the family)
+from glattn.files import user_path
 from glattn.hub.loading import check_weights
 from glattn.training.classifier import by_index
 from glattn.training.config import TrainConfig
@@ -52,7 +52,10 @@ def build_model(config: TrainConfig, num_classes: int, *, start: bool = True) ->
     if config.checkpoint and start:
         load_weights(model, config.checkpoint)
     if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except AssertionError as error:
+            raise ValueError(f"grad_checkpointing: {config.model}: {error}") from None
     _freeze(model, config.freeze)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
@@ -75,10 +78,11 @@ def load_weights(model: nn.Module, path: str) -> bool:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, of another model, or holds values that are not finite.
     """
-    if not Path(path).is_file():
+    file = user_path(path)
+    if not file.is_file():
         raise FileNotFoundError(f"no checkpoint {path!r}")
     try:
-        read = load_state_dict(path, device="cpu", weights_only=True)
+        read = load_state_dict(str(file), device="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
     own, weights = model.state_dict(), dict(read)
@@ -92,7 +96,7 @@ def load_weights(model: nn.Module, path: str) -> bool:
     for what, names in (("lacks", missing), ("has unknown", unknown), ("has of another size", other)):
         if names:
             raise ValueError(f"{path} is of another model: it {what} {names[0]!r} ({len(names)} in all)")
-    check_weights(read, Path(path))
+    check_weights(read, file)
     model.load_state_dict(weights, strict=False)
     return all(name in weights for name in own if name.startswith(heads))
 

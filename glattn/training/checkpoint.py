@@ -25,10 +25,17 @@ _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})\.([0-9a-f]{16})\.pt")
 
 
+# what a run writes aside and moves into place, in its folder or among its checkpoints
+_WRITTEN = "|".join(re.escape(name) for name in (
+    "config.yaml", "environment.json", "metrics.csv", "curve.png", "skipped.txt", "samples.png", "report.html", "best",
+    "state",
+))  # fmt: skip
+
+
 def sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
+    """Remove what a killed run left half-written, and nothing else: the folder may hold other things."""
     for path in folder.glob(".*-*"):
-        if re.fullmatch(r"\..+-[a-z0-9_]{8}", path.name):
+        if re.fullmatch(rf"\.({_WRITTEN})-[a-z0-9_]{{8}}", path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

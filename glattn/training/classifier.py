@@ -12,6 +12,7 @@ from timm.models import is_model, load_state_dict
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+from glattn.files import user_path
 from glattn.hub.loading import create_model, plain_errors
 
 _WHAT = "a run folder, a folder with config.json and weights, a file of weights, hf-hub:ORG/NAME, or a timm model"
@@ -72,7 +73,7 @@ def open_checkpoint(
 
 
 def _load(checkpoint: str, model_name: str | None, **model_args: Any) -> nn.Module:
-    path = Path(checkpoint).expanduser()
+    path = user_path(checkpoint)
     if path.is_dir():
         folder = path / "best" if (path / "best" / "config.json").is_file() else path
         if not (folder / "config.json").is_file():

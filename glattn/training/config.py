@@ -13,6 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from glattn.files import user_path
+
 NO_DEFAULTS: Mapping[str, Any] = types.MappingProxyType({})
 
 
@@ -135,6 +137,10 @@ class TrainConfig:
             raise ValueError(f"resume={self.resume!r}: allowed is 'auto' or nothing")
         if self.instances > 1 and self.dataset != "fractals":
             raise ValueError(f"instances={self.instances}: only pictures of dataset=fractals show several classes")
+        if not self.teacher:
+            for name in ("teacher_checkpoint", "distill", "distill_weight", "distill_temperature"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name}={getattr(self, name)} does nothing without teacher=MODEL; give both")
         if self.compile_mode != "default" and not self.compile:
             raise ValueError(
                 f"compile_mode={self.compile_mode} does nothing without compile=true; give both or neither"
@@ -158,7 +164,7 @@ class TrainConfig:
         An override's value is YAML too, but text is taken as typed.
         """
         hints = get_type_hints(cls)
-        values: dict[str, Any] = dict(read_recipe(Path(recipe))) if recipe else {}
+        values: dict[str, Any] = {} if recipe is None else dict(read_recipe(user_path(recipe)))
         for name in values:
             _check_name(str(name), f" in {recipe}")
         values = {**defaults, **values}
@@ -170,7 +176,7 @@ class TrainConfig:
             _check_name(head, "")
             try:
                 parsed = yaml.safe_load(value) if value and hints[head] is not str else value
-            except yaml.YAMLError:
+            except (yaml.YAMLError, ValueError):  # the latter: a date that is none
                 parsed = value
             if entry:
                 if not isinstance(values.get(head, {}), dict) or head not in ("model_args", "optimizer_args"):
@@ -221,7 +227,7 @@ def read_recipe(path: Path) -> Mapping[str, Any]:
         raise FileNotFoundError(f"no recipe {str(path)!r}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

@@ -23,6 +23,7 @@ from timm.data import create_dataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from glattn.files import user_path
 from glattn.training.config import TrainConfig
 from glattn.training.digits import write_digits
 from glattn.training.images import BadImageError, read_image
@@ -99,7 +100,7 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
         from glattn.training.pretrain import open_fractals
 
         return open_fractals(config)
-    root = Path(config.data).expanduser()
+    root = user_path(config.data)
     if config.dataset in ("", "digits"):
         if not config.data:
             raise ValueError("no images given: data=FOLDER, with train/CLASS/*.png and val/CLASS/*.png")
@@ -111,6 +112,10 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
         if train_root is None and val_root is not None:
             raise ValueError(f"{root} holds {val_root.name} but no {config.train_split} folder")
         train = open_folder(train_root or root)
+        if val_root is None and config.val_split not in SPLITS["validation"]:
+            raise ValueError(
+                f"val_split={config.val_split!r}: no such folder in {root}; without it a share of train/ is held out"
+            )
         if val_root is None:
             train, val = split_source(train, config.val_fraction, config.seed)
         else:
@@ -126,7 +131,7 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
 
 def open_split(data: str, split: str, class_names: tuple[str, ...] | None = None) -> Source:
     """Open one split of a folder for validation, its classes in the order of a model's `class_names`."""
-    root = Path(data).expanduser()
+    root = user_path(data)
     if not root.exists():
         raise FileNotFoundError(f"no folder {data!r}")
     source = open_folder(find_split(root, split) or root)
@@ -191,6 +196,12 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
                 raise ValueError(
                     f"class {name!r} has two folders in {root}, {' and '.join(both)}; give each class one folder, of a"
                     " name of its own"
+                )
+        for home in set(homes.values()):
+            if (above := os.path.dirname(home)) in homes.values():
+                raise ValueError(
+                    f"{above} holds images, and so does {os.path.basename(home)} in it, which would be a class of its"
+                    " own; give each class one folder"
                 )
     names = [""] * (max(mapping.values()) + 1)
     for name, index in mapping.items():

@@ -51,6 +51,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             "device=cpu trains them together on CPUs"
         )
     if accelerator.device.type == "cpu":
+        if config.precision == "fp16":
+            raise ValueError("precision=fp16: a CPU does not train in it; give bf16 or no")
         keep_freed_memory()
     return accelerator
 

@@ -255,6 +255,7 @@ class Trainer:
             seconds = time.monotonic() - begun
             predictions = self.validate()
             metrics = predictions.metrics()
+            self.refuse_infinite(metrics["loss"], "validation loss")
             progress.rows.append({
                 "epoch": progress.epoch + 1, "lr": self.lr, "train_loss": train_loss, "val_loss": metrics["loss"],
                 "top1": metrics["top1"], "top5": metrics["top5"], "ece": metrics["ece"],
@@ -327,10 +328,10 @@ class Trainer:
 
             return predict_all(self.eval_model, self.val_loader, self.accelerator, watched)
 
-    def refuse_infinite(self, loss: float) -> None:
+    def refuse_infinite(self, loss: float, name: str = "loss") -> None:
         """Raise before what is no number any more replaces the checkpoints that are."""
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} in epoch {self.progress.epoch + 1}: lower lr, or train in fp32")
+            raise ValueError(f"the {name} is {loss} in epoch {self.progress.epoch + 1}: lower lr, or train in fp32")
 
     def stale(self) -> bool:
         """Whether top-1 has not risen for as many epochs as `early_stop` allows."""

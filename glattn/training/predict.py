@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glattn.files import user_path
 from glattn.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def open_classifier(args: argparse.Namespace) -> Classifier:
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         raise ValueError(f"--crop-pct {args.crop_pct}: more than 0, and 1 at most")
     device = choose_device(args.device)
-    if args.checkpoint is not None and not Path(args.checkpoint).expanduser().is_file():
+    if args.checkpoint is not None and not user_path(args.checkpoint).is_file():
         raise FileNotFoundError(f"--checkpoint {args.checkpoint}: no such file")
     try:
         classifier = open_checkpoint(
@@ -72,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
     """Predict, print, and draw if asked; 1 if an image could not be read."""
     if args.top < 1:
         raise ValueError(f"--top {args.top}: at least 1")
-    paths = [Path(name).expanduser() for name in args.images]
+    paths = [user_path(name) for name in args.images]
     for path in paths:
         if not path.is_file():
             what = "a folder; give image files" if path.is_dir() else "no such image"
             raise FileNotFoundError(f"{path}: {what}")
-    picture = Path(args.draw).expanduser() if args.draw else None
+    picture = user_path(args.draw) if args.draw else None
     if picture is not None:
         check_picture(picture, len(paths))
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from glattn.files import plain, write_text
+from glattn.files import plain, user_path, write_text
 from glattn.provenance import commit
 from glattn.training.config import TrainConfig
 from glattn.training.data import Source
@@ -32,7 +32,7 @@ def choose_folder(config: TrainConfig) -> Path:
         ValueError: The folder asked for holds another run.
     """
     if config.run:
-        folder = Path(config.run).expanduser()
+        folder = user_path(config.run)
         if not config.resume and (folder / "config.yaml").exists():
             raise ValueError(f"{folder} holds a run already; --resume auto goes on with it, or give another run=FOLDER")
         return folder

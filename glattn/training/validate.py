@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glattn.files import user_path
 from glattn.training.predict import MODEL_HELP, add_input_arguments, open_classifier
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     for name, least in (("batch_size", 1), ("workers", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
-    output = Path(args.output).expanduser() if args.output else None
+    output = user_path(args.output) if args.output else None
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise FileNotFoundError(f"--output {output}: {'is a folder' if output.is_dir() else 'its folder is not there'}")
     folder = find_images(args.data, args.split)
@@ -68,7 +69,7 @@ def find_images(data: str, split: str) -> Path:
     """Return the folder (or .tar) of the split, or `data` itself where it has no splits."""
     from glattn.training.data import SPLITS, find_split
 
-    root = Path(data).expanduser()
+    root = user_path(data)
     if not root.exists():
         raise FileNotFoundError(f"no folder {data!r}")
     if not root.is_dir():
