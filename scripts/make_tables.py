@@ -28,8 +28,9 @@ from glattn.models.weights import HUB
 from glattn.training.fractals import SAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
-# folders of speed that docs/results.md shows: sizes beside their peers, and two of them on a GPU
-PEERED = ("atto", "pico", "nano", "tiny", "small", "gpu-atto", "gpu-tiny")
+# folders of speed that docs/results.md shows: sizes beside their peers, on AMD, on Intel, and two of them on a GPU
+CLASSES = ("atto", "pico", "nano", "tiny", "small")
+PEERED = (*CLASSES, *(f"intel-{size}" for size in CLASSES), "gpu-atto", "gpu-tiny")
 # folders of run_proxies.py's runs, the size that is compared there, and the folder of the speeds beside it
 DRAWINGS = {
     "icons100": ("atto", "speed-atto"),
@@ -42,7 +43,7 @@ DRAWINGS = {
     "emoji-tiny": ("tiny", "speed-tiny"),
 }
 CASES = ("infer 1", "infer 8", "train 8")  # of a benchmark, that tables of designs show
-CONVNEXT = ("atto", "pico", "nano", "tiny", "small", "base", "large")
+CONVNEXT = (*CLASSES, "base", "large")
 
 
 def count(name: str) -> tuple[float, float]:
@@ -77,19 +78,29 @@ def mean_top1(runs: Sequence[dict[str, str]]) -> str:
 
 
 def sizes() -> str:
-    measured = [row for size in CONVNEXT for row in read(f"speed-{size}/rows.csv")]
-    speeds = ratios(measured)
+    """Return each size's cost beside the ConvNeXt of its name, and its speed as a multiple of that one's, by maker.
+
+    Raises:
+        ValueError: A speed is of another design than the size has now.
+    """
+    measured = {
+        kind: [row for size in CONVNEXT for row in read(f"speed-{kind}{size}/rows.csv")] for kind in ("", "intel-")
+    }
+    speeds = [ratios(of_kind) for of_kind in measured.values()]
     rows = []
     for size in CONVNEXT:
         (mine, macs), (theirs, their_macs) = count(f"glattn_{size}"), count(f"convnext_{size}")
-        if any(
-            abs(float(row["params_m"]) - mine) > 0.01 * mine for row in measured if row["model"] == f"glattn_{size}"
-        ):
-            raise ValueError(f"docs/results/speed-{size}/rows.csv is of another glattn_{size}: measure it again")
-        faster = [speeds[f"glattn_{size}", case] for case in CASES[:2]]
+        for kind, of_kind in measured.items():
+            mine_there = [float(row["params_m"]) for row in of_kind if row["model"] == f"glattn_{size}"]
+            if any(abs(millions - mine) > 0.01 * mine for millions in mine_there):
+                raise ValueError(
+                    f"docs/results/speed-{kind}{size}/rows.csv is of another glattn_{size}: measure it again"
+                )
+        faster = [of_kind[f"glattn_{size}", case] for of_kind in speeds for case in CASES[:2]]
         rows.append([f"`glattn_{size}`", f"{mine:.1f}", f"{macs:.2f}", f"{theirs:.1f}, {their_macs:.2f}", *faster])
-    head = ["model", "parameters (M)", "GMACs at 224", "ConvNeXt of that name (M, GMACs)", "batch 1", "batch 8"]
-    return markdown(head, rows) + place(measured)
+    head = ["model", "parameters (M)", "GMACs at 224", "ConvNeXt of that name (M, GMACs)"]
+    head += [f"{maker}, batch {batch}" for maker in ("AMD", "Intel") for batch in (1, 8)]
+    return markdown(head, rows) + place(row for of_kind in measured.values() for row in of_kind)
 
 
 def variants() -> str:
@@ -143,19 +154,10 @@ def ratios(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str], str]:
     return {(name, case): f"{float(ratio):.2f}" for name, case, ratio in found if ratio}
 
 
-def xeon() -> str:
-    """Return ours on another machine, by an earlier commit, as multiples of the ConvNeXt of that name."""
-    measured = read("xeon.csv")
-    speeds = ratios(measured)
-    names = dict.fromkeys(name for name, _ in speeds)
-    rows = [[f"`{name}`", *(speeds.get((name, case), "") for case in CASES)] for name in names]
-    return markdown(("model", "batch 1", "batch 8", "training, batch 8"), rows) + place(measured)
-
-
-def modes() -> str:
+def modes(folder: str) -> str:
     """Return what compilation and bfloat16 gain each model over its own eager fp32, images a second."""
     found: dict[tuple[str, str], dict[str, float]] = {}
-    measured = read("speed-modes/rows.csv")
+    measured = read(f"{folder}/rows.csv")
     for row in measured:
         rate = float(row["images_per_second"] or "nan")
         found.setdefault((row["model"], row["batch"]), {})[f"{row['precision']} {row['engine']}"] = rate
@@ -464,10 +466,11 @@ def results() -> str:
         text = fill(text, f"speed-{size}", speed(size))
     tables = {
         "speed-larger": speed("base", "large"),
-        "speed-xeon": xeon(),
+        "speed-intel-larger": speed("intel-base", "intel-large"),
         "scaling": scaling(),
         "deployment": deployment(),
-        "modes": modes(),
+        "modes": modes("speed-modes"),
+        "modes-intel": modes("speed-intel-modes"),
         **{folder: drawings(folder, *beside) for folder, beside in DRAWINGS.items()},
         "paths64": paths("ablation/paths64", 64, "ablation/paths64.csv"),
         "paths128": paths("paths128", 128),
