@@ -326,6 +326,9 @@ MISTAKES = {
     "val_split=tset": "val_split='tset': no such folder in",
     "data=~nobody/x": "no folder '~nobody/x'",
     "seed=2020-13-45": "seed='2020-13-45' is a str; it must be a whole number",
+    "model_args={1: 2}": "1 is no keyword",
+    "model_args.features_only=true": "model_args.features_only: take it out",
+    "model=hf-hub:org/nope@x@y": "hf-hub:org/nope",
     "epochs": "'epochs' is no key=value",
     "lr.x=1": "'lr' holds no keys of its own",
     "optimizer=adamwish": "optimizer='adamwish'",
@@ -349,7 +352,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_that_names_it(mistake, images, tmp_path, capsys):
     options = [f"{name}={value}" for name, value in {**QUICK, "data": images, "run": tmp_path / "run"}.items()]
-    assert main(["train", *options, *mistake.split()]) == 1
+    assert main(["train", *options, *re.split(r" (?=[a-z_.]+=)", mistake)]) == 1
     said = capsys.readouterr().err
     assert said.startswith("glattn train: ")
     assert said.count("\n") == 1, said

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from timm.data import Mixup, resolve_data_config
 from timm.data.random_erasing import RandomErasing
@@ -19,7 +17,7 @@ from torch import nn
 
 import glattn  # noqa: F401  (registers the family)
 from glattn.files import user_path
-from glattn.hub.loading import check_weights
+from glattn.hub.loading import check_weights, create_model
 from glattn.training.classifier import by_index
 from glattn.training.config import TrainConfig
 
@@ -41,6 +39,8 @@ def build_model(config: TrainConfig, num_classes: int, *, start: bool = True) ->
     own = {"pretrained": config.pretrained, "num_classes": num_classes, "drop_rate": config.drop_rate}
     if twice := sorted(own.keys() & arguments.keys()):
         raise ValueError(f"model_args.{twice[0]}: take it out; classes are the data's, the others keys of the recipe")
+    if "features_only" in arguments:
+        raise ValueError("model_args.features_only: take it out; what has no classifier is not trained here")
     arguments |= own
     model = create(config.model, **arguments)
     size = config.image_size
@@ -61,13 +61,10 @@ def build_model(config: TrainConfig, num_classes: int, *, start: bool = True) ->
 
 
 def create(name: str, **arguments: Any) -> Any:
-    """Create a model by timm, with errors of one line."""
-    if ":" not in name and not timm.is_model(name.partition(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    """Create a model by timm's name or from the Hub, with errors of one line."""
     try:
-        return timm.create_model(name, **arguments)
-    except (RuntimeError, TypeError, AssertionError, KeyError) as error:
+        return create_model(name, **arguments)
+    except (TypeError, AssertionError, KeyError) as error:
         raise ValueError(f"model {name!r}: {' '.join(str(error).split())[:300]}") from None
 
 

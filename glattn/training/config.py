@@ -277,6 +277,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{name}={value!r}: allowed is {_describe(hint)}" + (f"; {close[0]!r}?" if close else ""))
     if get_origin(hint) is dict:
         if isinstance(value, dict):
+            if strange := [key for key in value if not isinstance(key, str)]:
+                raise ValueError(f"{name}={value!r}: {strange[0]!r} is no keyword")
             return {key: _number(entry) for key, entry in value.items()}
     elif hint is float and not isinstance(value, bool):
         try:
