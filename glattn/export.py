@@ -283,7 +283,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.img_size is not None and args.img_size < 1:
         raise ValueError(f"--img-size {args.img_size}: at least 1 pixel")
-    run_folder = Path(args.model)
+    run_folder = user_path(args.model)
     if run_folder.is_dir():
         best = run_folder / "best" if (run_folder / "best").is_dir() else run_folder
         name, pretrained = f"local-dir:{best}", True

@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def user_path(text: str | Path) -> Path:
+def user_path(text: str | os.PathLike[str]) -> Path:
     """Return a path as a user gives it: ``~`` is the home folder, but where it only begins a name."""
     path = Path(text)
     try:

@@ -365,6 +365,12 @@ def test_a_norm_s_gradient_is_right_whatever_strides_come_back(training, size, s
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("size", [(0, 3, 1, 5), (0, 3, 4, 5), (0, 3, 1, 1)])
+def test_a_norm_of_no_images_has_no_output(size):
+    x = torch.randn(size, requires_grad=True)
+    assert BatchNorm2d(3).eval()(x).shape == size
+
+
 @pytest.mark.parametrize("options", [{"local": "augmented", "fusion": "local"}, {}])
 def test_gradients_of_one_image_are_those_of_a_batch_of_it(options):
     model = randomize(timm.create_model("test_glattn", num_classes=0, global_pool="", **options)).double().eval()
@@ -401,7 +407,7 @@ def test_strided_convolutions_of_narrow_maps_in_bfloat16(folded, shape, memory_f
     wanted = F.conv2d(x.float(), weight, bias, stride, kernel // 2, 1, groups)
     grad = torch.randn_like(wanted).bfloat16()
     with torch.no_grad():
-        results = [conv(x) for _ in range(3)]  # the third by a weight that is laid out
+        results = [conv(x) for _ in range(3)]  # where the map is wider, the third by a weight that is laid out
     results.append(conv(x))
     for result in results:
         assert result.shape == wanted.shape

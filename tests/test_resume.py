@@ -281,6 +281,17 @@ def test_other_options_are_refused(images, halted, tmp_path):
     )  # fmt: skip
 
 
+def test_options_that_did_nothing_need_not_be_given_again(reference, images, halted):
+    states = halted / "checkpoints"
+    before, newest = list_states(states)
+    newest.unlink()
+    state = load_state(states)
+    state["config"] |= {"distill_weight": 0.9, "val_split": "tset"}
+    save_state(states, state, step=int(before.name[5:14]), keep=2)
+    finish(halted, images)
+    assert_same_run(halted, reference)
+
+
 def test_the_same_images_may_have_moved(reference, images, halted, tmp_path):
     folder = images.removeprefix("data=")
     shutil.copytree(f"{folder}/train", tmp_path / "moved" / "train")

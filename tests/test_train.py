@@ -326,6 +326,8 @@ MISTAKES = {
     "val_split=tset": "val_split='tset': no such folder in",
     "data=~nobody/x": "no folder '~nobody/x'",
     "seed=2020-13-45": "seed='2020-13-45' is a str; it must be a whole number",
+    "model_args.act_layer=swishh": "act_layer='swishh' is not one of",
+    "model=test_resnet model_args.act_layer=swishh": "'swishh' is none of what an option of it takes",
     "model_args={1: 2}": "1 is no keyword",
     "model_args.features_only=true": "model_args.features_only: take it out",
     "model=hf-hub:org/nope@x@y": "hf-hub:org/nope",

@@ -139,7 +139,7 @@ def two_of_one_name(root):
 
 
 def one_within_another(root):
-    write_class(root / "train" / "red" / "crimson", (200, 30, 30), 2)
+    write_class(root / "train" / "red" / "more" / "crimson", (200, 30, 30), 2)
 
 
 def loose_images(root):

@@ -158,6 +158,8 @@ def plain_errors(what: str) -> Iterator[None]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{what}: its config.json is no JSON: {one_line(error)}") from error
     except KeyError as error:
+        if is_model(split_model_name_tag(what)[0]):
+            raise ValueError(f"{what}: {one_line(error)} is none of what an option of it takes") from error
         raise ValueError(f"{what}: its config.json is not one of timm's: {one_line(error)} is missing") from error
     except (HTTP_ERROR, OSError) as error:
         if isinstance(error, FileNotFoundError) and not isinstance(error, EntryNotFoundError):

@@ -17,7 +17,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from timm.utils.model import unwrap_model
 from torch import nn
 
-from glattn.files import copy_file, plain
+from glattn.files import copy_file, plain, user_path
 from glattn.hub.card import CURVE, Record, is_untouched, model_card, read_record
 from glattn.hub.loading import create_model, patiently, plain_errors
 from glattn.hub.local_dir import save_config
@@ -82,7 +82,7 @@ def _load(source: nn.Module | str | os.PathLike[str], record: Record | None) -> 
                 "the model is folded: its weights fit none that can be created; push the one that it was folded from"
             )
         return model, record or Record()
-    run = Path(source)
+    run = user_path(source)
     folder = run / "best" if (run / "best").is_dir() else run
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{run}: no model here: neither best/{CONFIG} nor {CONFIG}; give a run folder")

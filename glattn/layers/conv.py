@@ -29,7 +29,8 @@ def batch_norm(
     """Batch normalisation that takes its running statistics where a channel has a single value, even in training."""
     batch_statistics = running_mean is None or (training and x.numel() > x.shape[1])
     out = F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
-    if sizes_are_known() and out.requires_grad and 1 in [out.shape[0], out.shape[2], out.shape[3]]:
+    narrow = sizes_are_known() and out.numel() > 0 and 1 in [out.shape[0], out.shape[2], out.shape[3]]
+    if narrow and out.requires_grad:
         # On the CPU, torch reads a gradient wrongly whose strides fit two memory formats, as they do where a size is 1:
         # that of `out.flatten(2).transpose(1, 2)` at batch 1. That of merged axes has the map's own format.
         rows = out.permute(0, 2, 3, 1)
@@ -41,7 +42,7 @@ def batch_norm(
 
 
 def _merged_and_split(x: Tensor) -> Tensor:
-    """Return the same tensor, no view of it in autograd's eyes: in-place activations would have it copied."""
+    """Return the same tensor, no view of it in autograd's eyes, which in-place activations would have copied."""
     merged: Tensor = torch.ops.aten._unsafe_view(x, [x.shape[0], -1])
     split: Tensor = torch.ops.aten._unsafe_view(merged, x.shape)
     return split
@@ -145,6 +146,14 @@ def becomes_one_wide(width: int, kernel: int, stride: int, padding: int, dilatio
     return stride > 1 and width + 2 * padding - dilation * (kernel - 1) <= stride
 
 
+def _in_bfloat16(x: Tensor) -> bool:
+    """Tell whether a convolution of this map is computed in bfloat16; autocasting may take fp16 as well."""
+    if torch.jit.is_scripting():
+        return x.dtype == torch.bfloat16
+    else:  # noqa: RET505 (TorchScript compiles what stands behind an if)
+        return x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+
+
 @torch.fx.wrap
 def strided(
     x: Tensor,
@@ -155,14 +164,15 @@ def strided(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """A convolution; height and width change places on the CPU where the output is one cell wide.
+    """A convolution; in bfloat16 on the CPU, height and width change places where the output is one cell wide.
 
-    In bfloat16, oneDNN computes that wrongly with AMX: the output where it is higher, the weight's gradient even where
-    it is not.
+    With AMX, oneDNN computes that wrongly: the output where it is higher, the weight's gradient even where it is not.
+    What is compiled, traced or exported has no such branch.
     """
     if (
         sizes_are_known()
         and x.device.type == "cpu"
+        and _in_bfloat16(x)
         and becomes_one_wide(x.shape[3], weight.shape[3], stride[1], padding[1], dilation[1])
     ):
         turned = (stride[1], stride[0]), (padding[1], padding[0]), (dilation[1], dilation[0])
@@ -208,8 +218,10 @@ class FoldedConv(nn.Conv2d):
     def is_one_wide(self, x: Tensor) -> bool:
         """Tell whether oneDNN computes the map wrongly, see `strided`."""
         kernel, stride, dilation = self.kernel_size[1], self.stride[1], self.dilation[1]
-        return not isinstance(self.padding, str) and becomes_one_wide(
-            x.shape[3], kernel, stride, self.padding[1], dilation
+        return (
+            x.dtype == torch.bfloat16
+            and not isinstance(self.padding, str)
+            and becomes_one_wide(x.shape[3], kernel, stride, self.padding[1], dilation)
         )
 
     def is_product(self) -> bool:

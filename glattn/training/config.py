@@ -15,6 +15,7 @@ import yaml
 
 from glattn.files import user_path
 
+OF_TEACHER = ("teacher_checkpoint", "distill", "distill_weight", "distill_temperature")
 NO_DEFAULTS: Mapping[str, Any] = types.MappingProxyType({})
 
 
@@ -138,9 +139,11 @@ class TrainConfig:
         if self.instances > 1 and self.dataset != "fractals":
             raise ValueError(f"instances={self.instances}: only pictures of dataset=fractals show several classes")
         if not self.teacher:
-            for name in ("teacher_checkpoint", "distill", "distill_weight", "distill_temperature"):
+            for name in OF_TEACHER:
                 if getattr(self, name) != getattr(type(self), name):
-                    raise ValueError(f"{name}={getattr(self, name)} does nothing without teacher=MODEL; give both")
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} does nothing without teacher=MODEL; give both or neither"
+                    )
         if self.compile_mode != "default" and not self.compile:
             raise ValueError(
                 f"compile_mode={self.compile_mode} does nothing without compile=true; give both or neither"

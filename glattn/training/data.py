@@ -123,8 +123,9 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
             if config.partial_val and set(val.class_names) < set(train.class_names):
                 val = open_folder(val_root, class_map={name: number for number, name in enumerate(train.class_names)})
     else:
-        train = _open_named(config.dataset, config.data, config.train_split)
-        val = _open_named(config.dataset, config.data, config.val_split)
+        place = str(root) if config.data else ""
+        train = _open_named(config.dataset, place, config.train_split)
+        val = _open_named(config.dataset, place, config.val_split)
     _check_classes(train, val, partial=config.partial_val)
     return train, val
 
@@ -197,11 +198,12 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
                     f"class {name!r} has two folders in {root}, {' and '.join(both)}; give each class one folder, of a"
                     " name of its own"
                 )
-        for home in set(homes.values()):
-            if (above := os.path.dirname(home)) in homes.values():
+        folders = {Path(home) for home in homes.values()}
+        for folder in sorted(folders):
+            if above := folders.intersection(folder.parents):
                 raise ValueError(
-                    f"{above} holds images, and so does {os.path.basename(home)} in it, which would be a class of its"
-                    " own; give each class one folder"
+                    f"{above.pop()} holds images, and so does {folder.name} in it, which would be a class of its own;"
+                    " give each class one folder"
                 )
     names = [""] * (max(mapping.values()) + 1)
     for name, index in mapping.items():

@@ -20,12 +20,16 @@ from tqdm import tqdm
 
 from glattn.files import plain, write_text
 from glattn.training import build, checkpoint, data, run_folder
-from glattn.training.config import TrainConfig
+from glattn.training.config import OF_TEACHER, TrainConfig
 from glattn.training.distributed import convert_batch_norm, start_accelerator
 from glattn.training.validation import Predictions, predict_all
 
-# options that may change when a run is resumed: they do not bear on its numbers (epochs: on those still to come)
-_FREE = {"run", "resume", "data", "workers", "device", "keep", "checkpoint_minutes", "tracker", "epochs", "early_stop"}
+# options that may change when a run is resumed: they do not bear on its numbers (epochs: on those still to come), or
+# the images that they name are compared themselves
+_FREE = {
+    "run", "resume", "data", "val_split", "workers", "device", "keep", "checkpoint_minutes", "tracker", "epochs",
+    "early_stop",
+}  # fmt: skip
 
 
 @dataclass
@@ -136,7 +140,8 @@ class Trainer:
             return
         now = dataclasses.asdict(self.config)
         then = dataclasses.asdict(TrainConfig()) | state["config"]  # what it lacks came later
-        changed = [name for name in now if name not in _FREE and now[name] != then[name]]
+        free = _FREE if now["teacher"] or then["teacher"] else _FREE.union(OF_TEACHER)  # once, nothing refused them
+        changed = [name for name in now if name not in free and now[name] != then[name]]
         if changed:
             listed = ", ".join(f"{name} (was {then[name]!r}, is {now[name]!r})" for name in changed)
             raise ValueError(f"{self.folder} was started with other options: {listed}; give another run=FOLDER")
