@@ -15,7 +15,10 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name in the folder of `path`; what is written there takes its place, whole and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     temporary = Path(name)
     try:

@@ -1,6 +1,7 @@
 """`glattn predict`: images of any kind, checkpoints from anywhere, and pictures of what the branches did."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import timm
 import torch
 from image_folders import COLOURS, noisy, spoil
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform
 
 import glattn  # noqa: F401 (registers the family)
@@ -159,6 +161,17 @@ def test_what_it_refuses_is_one_line(ours, timms, photo, tmp_path, capsys):
         assert "takes 1 channel(s)" in fail(capsys, photo, "--model", grey, *size)
     spoil(timms / "model.safetensors", "truncated")
     assert "model.safetensors" in fail(capsys, photo, "--model", timms)
+
+
+def test_a_model_that_has_diverged_predicts_nothing(ours, photo, tmp_path, capsys):
+    folder = shutil.copytree(ours, tmp_path / "best")
+    weights = load_file(folder / "model.safetensors")
+    weights["head.fc.weight"].fill_(3e38)
+    save_file(weights, folder / "model.safetensors")
+    assert predict(photo, "--model", f"local-dir:{folder}") == 1
+    assert capsys.readouterr().err == (
+        "glattn predict: the model's outputs are no finite numbers: its training has diverged\n"
+    )
 
 
 def test_other_models_predict_without_a_picture(tmp_path, photo, capsys):

@@ -1,15 +1,18 @@
 """Runs killed, starved of disk and damaged: resumed, they end to the bit where a run never interrupted ends."""
 
+import os
 import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import image_folders
 import pytest
 import training_runs as runs
 from training_runs import SMALL, assert_same, assert_same_run
 
+from glattn.files import write_text
 from glattn.training.checkpoint import list_states, load_state, save_state
 
 # everything that draws random numbers or keeps a state of its own; a checkpoint after every step: 3 an epoch
@@ -279,6 +282,12 @@ def test_other_options_are_refused(images, halted, tmp_path):
     assert (ended.status, ended.output.splitlines()) == (
         1, [f"glattn train: {halted} was started on other images; give another run=FOLDER"],
     )  # fmt: skip
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="a folder that takes no files, whoever asks")
+def test_a_file_that_cannot_be_written_is_named_itself():
+    with pytest.raises(OSError, match=r"'/proc/metrics.csv'$"):
+        write_text(Path("/proc/metrics.csv"), "")
 
 
 def test_options_that_did_nothing_need_not_be_given_again(reference, images, halted):

@@ -114,11 +114,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def classify(model: Any, image: Any, top: int) -> list[tuple[int, float]]:
-    """Return the likeliest classes of one image ``(1, 3, H, W)`` and their probabilities, likeliest first."""
+    """Return the likeliest classes of one image ``(1, 3, H, W)`` and their probabilities, likeliest first.
+
+    Raises:
+        ValueError: They are no numbers.
+    """
     import torch
 
     with torch.inference_mode():
         probabilities = model(image.to(next(model.parameters()).device))[0].float().softmax(0).cpu()
+    if not probabilities.isfinite().all():
+        raise ValueError("the model's outputs are no finite numbers: its training has diverged")
     values, indices = probabilities.topk(min(top, len(probabilities)))
     return list(zip(indices.tolist(), values.tolist(), strict=True))
 
