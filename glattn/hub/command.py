@@ -17,7 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Push, and print where the model lies and how to load it."""
-    from glattn.files import user_path
     from glattn.hub.publish import push
 
     where = push(
@@ -26,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         private=args.private,
         revision=args.revision,
         message=args.message,
-        dry_run=user_path(args.dry_run) if args.dry_run else None,
+        dry_run=args.dry_run,
     )
     print(where)
     name = f"{args.repo}@{args.revision}" if args.revision else args.repo

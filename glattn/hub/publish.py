@@ -17,7 +17,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from timm.utils.model import unwrap_model
 from torch import nn
 
-from glattn.files import copy_file, plain, user_path
+from glattn.files import copy_file, user_path, write_text
 from glattn.hub.card import CURVE, Record, is_untouched, model_card, read_record
 from glattn.hub.loading import create_model, patiently, plain_errors
 from glattn.hub.local_dir import save_config
@@ -66,7 +66,7 @@ def push(
     with TemporaryDirectory(prefix="glattn-push-") as folder:
         _write(model, Path(folder), name, label_names, record)
         if dry_run is not None:
-            return _keep(Path(folder), Path(dry_run))
+            return _keep(Path(folder), user_path(dry_run))
         with plain_errors(repo_id):
             return _send(Path(folder), repo_id, private, revision, token, message)
 
@@ -99,7 +99,7 @@ def _write(model: nn.Module, folder: Path, name: str, label_names: Sequence[str]
         labels = None  # the names of the weights that it was started from
     save_weights(model, folder / WEIGHTS)
     config = save_config(model, folder / CONFIG, label_names=labels)
-    (folder / README).write_text(plain(model_card(model, name, config, record)), encoding="utf-8")
+    write_text(folder / README, model_card(model, name, config, record))
     if record.curve is not None:
         shutil.copyfile(record.curve, folder / CURVE)
     create_model(f"local-dir:{folder}", pretrained=True)

@@ -29,8 +29,7 @@ def batch_norm(
     """Batch normalisation that takes its running statistics where a channel has a single value, even in training."""
     batch_statistics = running_mean is None or (training and x.numel() > x.shape[1])
     out = F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
-    narrow = sizes_are_known() and out.numel() > 0 and 1 in [out.shape[0], out.shape[2], out.shape[3]]
-    if narrow and out.requires_grad:
+    if out.requires_grad and sizes_are_known() and out.numel() > 0 and 1 in [out.shape[0], out.shape[2], out.shape[3]]:
         # On the CPU, torch reads a gradient wrongly whose strides fit two memory formats, as they do where a size is 1:
         # that of `out.flatten(2).transpose(1, 2)` at batch 1. That of merged axes has the map's own format.
         rows = out.permute(0, 2, 3, 1)
@@ -141,17 +140,23 @@ class Pointwise(nn.Conv2d):
         return pointwise(input, self.weight, self.bias)
 
 
-def becomes_one_wide(width: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
-    """Tell whether a strided convolution's output is one cell wide."""
-    return stride > 1 and width + 2 * padding - dilation * (kernel - 1) <= stride
-
-
 def _in_bfloat16(x: Tensor) -> bool:
     """Tell whether a convolution of this map is computed in bfloat16; autocasting may take fp16 as well."""
     if torch.jit.is_scripting():
         return x.dtype == torch.bfloat16
     else:  # noqa: RET505 (TorchScript compiles what stands behind an if)
         return x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+
+
+def is_misread(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> bool:
+    """Tell whether oneDNN computes a strided convolution wrongly with AMX: in bfloat16, to one cell's width.
+
+    The output where it is higher, the weight's gradient even where it is not.
+    """
+    reach = x.shape[3] + 2 * padding[1] - dilation[1] * (weight.shape[3] - 1)
+    return x.device.type == "cpu" and stride[1] > 1 and reach <= stride[1] and _in_bfloat16(x)
 
 
 @torch.fx.wrap
@@ -164,17 +169,11 @@ def strided(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """A convolution; in bfloat16 on the CPU, height and width change places where the output is one cell wide.
+    """A convolution whose height and width change places where oneDNN misreads it, see `is_misread`.
 
-    With AMX, oneDNN computes that wrongly: the output where it is higher, the weight's gradient even where it is not.
     What is compiled, traced or exported has no such branch.
     """
-    if (
-        sizes_are_known()
-        and x.device.type == "cpu"
-        and _in_bfloat16(x)
-        and becomes_one_wide(x.shape[3], weight.shape[3], stride[1], padding[1], dilation[1])
-    ):
+    if sizes_are_known() and is_misread(x, weight, stride, padding, dilation):
         turned = (stride[1], stride[0]), (padding[1], padding[0]), (dilation[1], dilation[0])
         out = F.conv2d(x.transpose(2, 3), weight.transpose(2, 3), bias, turned[0], turned[1], turned[2], groups)
         return out.transpose(2, 3)
@@ -204,7 +203,7 @@ class FoldedConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Return the convolved ``(B, C, H, W)`` map."""
         if not torch.jit.is_scripting():
-            if onednn.takes(input) and not self.is_one_wide(input):
+            if onednn.takes(input):
                 convolve = self.prepared(input)
                 if convolve is not None:
                     return convolve(input, self.bias)
@@ -213,16 +212,6 @@ class FoldedConv(nn.Conv2d):
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return strided(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return self._conv_forward(input, self.weight, self.bias)
-
-    @torch.jit.ignore
-    def is_one_wide(self, x: Tensor) -> bool:
-        """Tell whether oneDNN computes the map wrongly, see `strided`."""
-        kernel, stride, dilation = self.kernel_size[1], self.stride[1], self.dilation[1]
-        return (
-            x.dtype == torch.bfloat16
-            and not isinstance(self.padding, str)
-            and becomes_one_wide(x.shape[3], kernel, stride, self.padding[1], dilation)
-        )
 
     def is_product(self) -> bool:
         """Tell whether each cell is multiplied with one matrix."""
@@ -269,6 +258,7 @@ class FoldedConv(nn.Conv2d):
             and not self.weight.is_shared()
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
+            and not is_misread(x, self.weight, self.stride, self.padding, self.dilation)
         )
 
     @torch.jit.ignore

@@ -112,11 +112,12 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
         if train_root is None and val_root is not None:
             raise ValueError(f"{root} holds {val_root.name} but no {config.train_split} folder")
         train = open_folder(train_root or root)
-        if val_root is None and config.val_split not in SPLITS["validation"]:
-            raise ValueError(
-                f"val_split={config.val_split!r}: no such folder in {root}; without it a share of train/ is held out"
-            )
         if val_root is None:
+            if config.val_split not in SPLITS["validation"]:
+                raise ValueError(
+                    f"val_split={config.val_split!r}: no such folder in {root}; without it a share of train/ is held"
+                    " out"
+                )
             train, val = split_source(train, config.val_fraction, config.seed)
         else:
             val = open_folder(val_root)
