@@ -335,6 +335,7 @@ MISTAKES = {
     "lr.x=1": "'lr' holds no keys of its own",
     "optimizer=adamwish": "optimizer='adamwish'",
     "optimizer_args.bets=1": "optimizer='adamw'",
+    "optimizer=adahessian": "optimizer='adahessian': it needs second derivatives",
     "model=test_glatn": "unknown model 'test_glatn'; did you mean 'test_glattn'?",
     "model_args.head_dimm=32": "head_dimm",
     "model_args.in_chans=1": "the model takes 1 channel(s)",
@@ -347,6 +348,7 @@ MISTAKES = {
     "teacher=test_resnett": "unknown model 'test_resnett'",
     "data=/nowhere": "no folder '/nowhere'",
     "tracker=tensorbord": "tensorbord",
+    "tracker=aim": "tracker=aim: its package is not installed",
     "dataset=hfds": "dataset='hfds'",
 }
 

@@ -178,7 +178,11 @@ def build_task(
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module, task: TrainingTask) -> torch.optim.Optimizer:
-    """Create timm's optimiser over what is trained of the model, and over the task's own parameters."""
+    """Create timm's optimiser over what is trained of the model, and over the task's own parameters.
+
+    Raises:
+        ValueError: timm refuses it, or it needs second derivatives.
+    """
     fused = {"fused": True} if config.optimizer == "adamw" else {}  # one pass over memory, and one call
     try:
         optimizer = create_optimizer_v2(
@@ -191,6 +195,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module, task: TrainingTask) -
         )
     except (AssertionError, ValueError, TypeError) as error:
         raise ValueError(f"optimizer={config.optimizer!r}: {' '.join(str(error).split())}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"optimizer={config.optimizer!r}: it needs second derivatives, which this loop does not take")
     known = {id(p) for p in model.parameters()}
     trained: Any = task.get_trainable_module()  # the model, and a distillation's projections
     own = [p for p in trained.parameters() if p.requires_grad and id(p) not in known]

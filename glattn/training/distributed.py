@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -22,11 +23,13 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     """Make the accelerator that a configuration describes.
 
     Raises:
-        ValueError: accelerate refuses it, or it was launched for what this loop does not do.
+        ValueError: accelerate refuses it, the tracker is missing, or it was launched for what this loop does not do.
     """
     tracker = config.tracker
     if tracker == "auto":
         tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+    if tracker in LoggerType.list() and tracker not in ("all", *get_available_trackers()):  # accelerate goes on without
+        raise ValueError(f"tracker={tracker}: its package is not installed; install it or give tracker=none")
     if config.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
