@@ -33,6 +33,7 @@ from glattn.training.command import resolve
 from glattn.training.config import TrainConfig
 from glattn.training.data import make_loader, open_sources
 from glattn.training.digits import write_digits
+from glattn.training.distributed import start_accelerator
 from glattn.training.loop import Trainer, make_scheduler
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -351,6 +352,13 @@ MISTAKES = {
     "tracker=aim": "tracker=aim: its package is not installed",
     "dataset=hfds": "dataset='hfds'",
 }
+
+
+@pytest.mark.parametrize("tracker", ["auto", "tensorboard"])
+def test_a_tracker_that_is_installed_is_taken(tracker):
+    pytest.importorskip("tensorboard")
+    accelerator = start_accelerator(TrainConfig(device="cpu", tracker=tracker))
+    assert [str(kind) for kind in accelerator.log_with] == ["tensorboard"]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

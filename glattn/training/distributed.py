@@ -28,7 +28,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     tracker = config.tracker
     if tracker == "auto":
         tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-    if tracker in LoggerType.list() and tracker not in ("all", *get_available_trackers()):  # accelerate goes on without
+    missing = {str(kind) for kind in LoggerType} - {"all", *map(str, get_available_trackers())}
+    if tracker in missing:  # accelerate would go on without
         raise ValueError(f"tracker={tracker}: its package is not installed; install it or give tracker=none")
     if config.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
