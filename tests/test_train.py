@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from glattn.cli import main
 from glattn.models.weights import save_weights
-from glattn.training import build
+from glattn.training import build, run_folder
 from glattn.training.command import resolve
 from glattn.training.config import TrainConfig
 from glattn.training.data import make_loader, open_sources
@@ -317,6 +317,10 @@ MISTAKES = {
     "freeze=stages_": "freeze='stages_': allowed is none or stem or stages or backbone; 'stages'?",
     "drop_rate=1.5": "drop_rate=1.5 is out of range: allowed is 0 to 1",
     "batch_size=0": "batch_size=0 is out of range",
+    "workers=99999999999": "workers=99999999999 is out of range: allowed is 0 to 1024",
+    "warmup_epochs=.inf": "warmup_epochs=inf is out of range",
+    "color_jitter=.inf": "color_jitter=inf is out of range",
+    "optimizer_args.betas=[0.9]": "optimizer='adamw'",
     "crop_ratio=0": "crop_ratio=0.0 is out of range",
     "resume=always": "resume='always': allowed is 'auto' or nothing",
     "compile_mode=reduce-overhead": "does nothing without compile=true",
@@ -467,8 +471,9 @@ def test_frozen_layers_and_their_statistics_do_not_move(model, freeze, trainer):
 
 
 @MODELS
-def test_layer_decay_lowers_the_rate_layer_by_layer(model, trainer):
-    t = trainer(model=model, layer_decay=0.5, lr=1e-2, weight_decay=0.1)
+@pytest.mark.parametrize("schedule", ["cosine", "none"])
+def test_layer_decay_lowers_the_rate_layer_by_layer(model, schedule, trainer):
+    t = trainer(model=model, schedule=schedule, layer_decay=0.5, lr=1e-2, weight_decay=0.1)
     rate = {id(p): group["lr"] for group in t.optimizer.param_groups for p in group["params"]}
     by_name = {name: rate[id(p)] for name, p in t.model.named_parameters()}
     first, *_, last = by_name
@@ -572,8 +577,20 @@ def test_class_weights_balance_the_loss(tmp_path):
     weight = task.criterion.weight
     assert train.class_counts().tolist() == [1, 5]
     assert torch.allclose(weight * torch.tensor([1.0, 5.0]), torch.tensor([3.0, 3.0]))
+    logits, targets = torch.randn(8, 2), torch.tensor([0, 0, 0, 0, 1, 1, 1, 0])
+    parts = [task.criterion(*part) for part in zip(logits.split(4), targets.split(4), strict=True)]
+    torch.testing.assert_close(task.criterion(logits, targets), sum(parts) / 2)  # accumulated or in two processes
     plain = build.build_task(TrainConfig(**QUICK), model, train.class_names, train.class_counts(), CPU)
     assert plain.criterion.weight is None
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(trainer, tmp_path):
+    t = trainer()
+    with run_folder.claim(t.folder), pytest.raises(ValueError, match="another process trains in"):
+        t.run()
+    assert not (t.folder / "config.yaml").exists()
+    with run_folder.claim(t.folder):
+        pass
 
 
 @MODELS

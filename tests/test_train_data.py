@@ -6,6 +6,7 @@ import shutil
 import sys
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,14 @@ from timm.data import create_transform
 from glattn.cli import main
 from glattn.training import build
 from glattn.training.config import TrainConfig
-from glattn.training.data import TrainingBatches, ValidationBatches, make_loader, open_sources, seed_everything
+from glattn.training.data import (
+    TrainingBatches,
+    ValidationBatches,
+    make_loader,
+    open_folder,
+    open_sources,
+    seed_everything,
+)
 from glattn.training.images import BadImageError, find_bad, read_image
 
 RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (16, 1))
@@ -269,6 +277,23 @@ def test_tar_reads_as_its_folder(workers, tmp_path):
 
     for mine, theirs in zip(images(archive), images(folder), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@LEFT_OPEN
+def test_names_alike_but_for_case_and_zeros_have_one_order(tmp_path):
+    classes = ["01", "1", "002", "02", "2", "A", "a", "B", "b", "C", "c"]
+    for name in reversed(classes):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for file in ("1.png", "01.png", "001.png"):
+            noisy(COLOURS["red"], 0).save(tmp_path / "data" / name / file)
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(tmp_path / "data", arcname=".")
+    folder, packed = (open_folder(tmp_path / name) for name in ("data", "data.tar"))
+    assert folder.class_names == packed.class_names == tuple(classes)
+    assert [Path(folder.name(i)).name for i in range(6)] == ["001.png", "01.png", "1.png"] * 2
+    for source in (folder, packed):
+        for i in range(len(source)):
+            assert Path(source.name(i)).parent.name == source.class_names[source.read(i)[1]]
 
 
 def test_a_tar_that_is_none_is_refused(tmp_path):

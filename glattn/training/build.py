@@ -14,6 +14,7 @@ from timm.models import group_parameters, load_state_dict
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TrainingTask
 from torch import nn
+from torch.nn import functional as F
 
 import glattn  # noqa: F401  (registers the family)
 from glattn.files import user_path
@@ -149,6 +150,14 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
     return teacher
 
 
+class _WeightedCrossEntropy(nn.CrossEntropyLoss):
+    """torch's, over the number of images, not over their weights: the parts of a batch then add up to its loss."""
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
+        total = F.cross_entropy(input, target, self.weight, label_smoothing=self.label_smoothing, reduction="sum")
+        return total / len(input)
+
+
 def build_task(
     config: TrainConfig, model: nn.Module, class_names: Sequence[str], counts: np.ndarray, device: torch.device
 ) -> TrainingTask:
@@ -161,7 +170,8 @@ def build_task(
     if config.loss == "bce":
         criterion = create_classification_loss("bce", smoothing=smoothing, soft_targets=mixed, class_weight=weight)
     else:
-        criterion = nn.CrossEntropyLoss(weight, label_smoothing=smoothing)
+        kind = nn.CrossEntropyLoss if weight is None else _WeightedCrossEntropy
+        criterion = kind(weight, label_smoothing=smoothing)
     if not config.teacher:
         return ClassificationTask(model, criterion, device=device, verbose=False)
     teacher = build_teacher(config, class_names).to(device)
@@ -193,7 +203,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module, task: TrainingTask) -
             layer_decay=config.layer_decay,
             **{**fused, **config.optimizer_args},
         )
-    except (AssertionError, ValueError, TypeError) as error:
+    except (AssertionError, IndexError, RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"optimizer={config.optimizer!r}: {' '.join(str(error).split())}") from None
     if getattr(optimizer, "is_second_order", False):
         raise ValueError(f"optimizer={config.optimizer!r}: it needs second derivatives, which this loop does not take")

@@ -194,16 +194,18 @@ class TrainConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-_INFINITY = float("inf")
+_LARGEST = 1e15  # of what has no bound but that it is a number
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("drop_rate drop_path_rate label_smoothing hflip vflip random_erase mixup_prob distill_weight", 0, 1),
     ("val_fraction", 0.001, 0.9),
     ("instances", 1, 16),
     ("crop_scale crop_ratio crop_pct", 0.01, 1),
     ("ema_decay layer_decay", 0, 1),
-    ("epochs batch_size accumulate keep image_size early_stop", 1, _INFINITY),
-    ("lr clip_grad distill_temperature", 1e-12, _INFINITY),
-    ("workers min_lr warmup_lr warmup_epochs weight_decay mixup cutmix color_jitter checkpoint_minutes", 0, _INFINITY),
+    ("epochs batch_size accumulate keep image_size early_stop", 1, _LARGEST),
+    ("lr clip_grad distill_temperature", 1e-12, _LARGEST),
+    ("min_lr warmup_lr warmup_epochs weight_decay checkpoint_minutes", 0, _LARGEST),
+    ("workers", 0, 1024),
+    ("mixup cutmix color_jitter", 0, 100),
     ("seed", 0, 2**32 - 1),
 )
 

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from glattn.files import user_path
@@ -173,7 +174,7 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
             arguments["class_map"] = class_map
         dataset = create_dataset("", root=str(root), search_split=False, **arguments)
         if is_folder:
-            _leave_hidden_out(dataset.reader, root, renumber=not class_map)
+            _leave_hidden_out(dataset.reader, root)
     except RuntimeError:
         raise ValueError(
             f"no images in {root}; it should hold one folder a class, with {', '.join(EXTENSIONS)}"
@@ -181,8 +182,18 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     except (tarfile.TarError, AssertionError, TypeError, OSError) as error:
         raise ValueError(f"{root} is neither a folder nor a .tar that can be read: {error}") from None
     reader = dataset.reader
-    mapping = reader.class_to_idx if is_folder else reader.class_name_to_idx
     if is_folder:
+        reader.samples.sort(key=lambda sample: _order(sample[0]))
+        mapping, targets = reader.class_to_idx, [target for _, target in reader.samples]
+    else:
+        mapping, targets = reader.class_name_to_idx, list(reader.targets)
+    if not class_map:
+        mapping, targets = _numbered(mapping, targets)
+    if not is_folder:
+        reader.class_name_to_idx, reader.targets = mapping, np.array(targets)
+    else:
+        reader.class_to_idx = mapping
+        reader.samples = [(path, target) for (path, _), target in zip(reader.samples, targets, strict=True)]
         # a class is a folder that holds something: sub-folders of one without images are not classes of their own
         holding = {_within(path, root).partition(os.sep)[0] for path, _ in reader.samples}
         for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
@@ -209,8 +220,7 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     names = [""] * (max(mapping.values()) + 1)
     for name, index in mapping.items():
         names[index] = name
-    targets = np.array([sample[1] for sample in reader.samples] if is_folder else reader.targets, dtype=np.int64)
-    return Source(dataset, np.arange(len(targets)), targets, tuple(names))
+    return Source(dataset, np.arange(len(targets)), np.array(targets, dtype=np.int64), tuple(names))
 
 
 def _within(path: str, root: str | Path) -> str:
@@ -218,18 +228,26 @@ def _within(path: str, root: str | Path) -> str:
     return path[len(os.path.join(root, "")) :]
 
 
-def _leave_hidden_out(reader: Any, root: Path, *, renumber: bool) -> None:
+def _leave_hidden_out(reader: Any, root: Path) -> None:
     """Drop images in folders whose names begin with a dot, as .ipynb_checkpoints; timm takes these for classes."""
-    shown = [
+    reader.samples = [
         sample for sample in reader.samples if f"{os.sep}." not in os.sep + os.path.dirname(_within(sample[0], root))
     ]
-    if not shown:
+    if not reader.samples:
         raise RuntimeError
-    if renumber:
-        numbers = {target: number for number, target in enumerate(sorted({target for _, target in shown}))}
-        shown = [(path, numbers[target]) for path, target in shown]
-        reader.class_to_idx = {name: numbers[n] for name, n in reader.class_to_idx.items() if n in numbers}
-    reader.samples = shown
+
+
+def _order(name: str) -> tuple[Any, str]:
+    """timm's order of names, and of those that it leaves to chance: they differ by case or leading zeros alone."""
+    return natural_key(name), name
+
+
+def _numbered(mapping: dict[str, int], targets: Iterable[int]) -> tuple[dict[str, int], list[int]]:
+    """Return the classes that have images, numbered in their order, and each image's number."""
+    names = {number: name for name, number in mapping.items()}
+    held = [names[target] for target in targets]
+    numbers = {name: number for number, name in enumerate(sorted(set(held), key=_order))}
+    return numbers, [numbers[name] for name in held]
 
 
 def _open_named(name: str, root: str, split: str) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -244,7 +245,15 @@ class Trainer:
         return loss_sum / (self.steps * parts)
 
     def run(self) -> Path:
-        """Train to the end, and return the run's folder."""
+        """Train to the end, and return the run's folder.
+
+        Raises:
+            ValueError: Another process trains in the folder, or a loss is no number.
+        """
+        with run_folder.claim(self.folder) if self.main else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> Path:
         config, progress, states = self.config, self.progress, self.folder / "checkpoints"
         if self.main:
             checkpoint.sweep(self.folder)
@@ -406,7 +415,7 @@ class Survive:
 
 
 def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler | None:
-    """Make timm's scheduler, stepped with every update; None leaves the learning rate as it is.
+    """Make timm's scheduler, stepped with every update; None leaves the learning rates as they are, scaled by layer.
 
     What falls by steps falls tenfold behind each third of the epochs.
     """
@@ -425,6 +434,9 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
         )
     except (AssertionError, ValueError) as error:
         raise ValueError(f"schedule={config.schedule!r}: {error}") from None
+    if scheduler is None:
+        for group in optimizer.param_groups:  # a scheduler of timm's does so itself
+            group["lr"] *= group.get("lr_scale", 1.0)
     return scheduler
 
 

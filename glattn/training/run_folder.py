@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -9,11 +10,12 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -44,6 +46,27 @@ def choose_folder(config: TrainConfig) -> Path:
         if not (folder / "config.yaml").exists():
             return last if config.resume and number > 1 else folder
         number, last = number + 1, folder
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keep a run's folder from other processes, by a lock that ends with this one.
+
+    Raises:
+        ValueError: Another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process trains in {folder}; give another run=FOLDER, or wait for it") from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def describe_environment(device: str, processes: int) -> dict[str, Any]:
