@@ -96,7 +96,7 @@ def sizes() -> str:
                 raise ValueError(
                     f"docs/results/speed-{kind}{size}/rows.csv is of another glattn_{size}: measure it again"
                 )
-        faster = [of_kind[f"glattn_{size}", case] for of_kind in speeds for case in CASES[:2]]
+        faster = [of_kind.get((f"glattn_{size}", case), "") for of_kind in speeds for case in CASES[:2]]
         rows.append([f"`glattn_{size}`", f"{mine:.1f}", f"{macs:.2f}", f"{theirs:.1f}, {their_macs:.2f}", *faster])
     head = ["model", "parameters (M)", "GMACs at 224", "ConvNeXt of that name (M, GMACs)"]
     head += [f"{maker}, batch {batch}" for maker in ("AMD", "Intel") for batch in (1, 8)]

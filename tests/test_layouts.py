@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import (
     attention,
     conv_norm,
@@ -301,10 +302,24 @@ def test_vertical_stripes_are_transposed_horizontal_ones(mechanism):
 @pytest.mark.parametrize("size", [(7, 11), (8, 8), (5, 2)])
 def test_pooled_attention_is_full_attention_on_the_strided_map(size, stride):
     attn, x = attention(layout="pooled", pool_stride=stride), image(*size)
-    small = conv_norm(attn.pool, x)
+    small = conv_norm(attn.pool, F.pad(x, [0, -size[1] % stride, 0, -size[0] % stride]))
     assert small.shape[2:] == tuple(math.ceil(s / stride) for s in size)
-    out = dense_attention(attn, small)
-    close(attn(x), torch.nn.functional.interpolate(out, size=size, mode="bilinear"))
+    out = F.interpolate(dense_attention(attn, small), scale_factor=stride, mode="bilinear")
+    close(attn(x), out[:, :, : size[0], : size[1]])
+
+
+@pytest.mark.parametrize("size", [(16, 24), (17, 23), (5, 9), (1, 7)])
+@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+def test_the_pooled_map_misses_no_cell_and_stays_in_place(stride, size):
+    attn = attention(layout="pooled", pool_stride=stride)
+    x = image(*size).requires_grad_()
+    (seen,) = torch.autograd.grad(attn(x)[:, :, 0, 0].square().sum(), x)
+    assert seen.ne(0).all()
+    # the cells behind a pooled cell lie around where bilinear resizing puts it, to half a cell
+    x = image(4 * stride, 4 * stride).requires_grad_()
+    (behind,) = torch.autograd.grad(attn.pool(x)[:, :, 1, 1].sum(), x)
+    rows = behind[0, 0].nonzero()[:, 0]
+    assert abs((rows.min() + rows.max()) / 2 - (1.5 * stride - 0.5)) <= 0.5
 
 
 def test_pooling_by_one_is_full_attention():

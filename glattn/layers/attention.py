@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from glattn.config import MixerConfig
 from glattn.layers.conv import ConvNorm
 from glattn.layers.cross_window import CROSS_WINDOWS
-from glattn.layers.layout import LAYOUTS, upsample
+from glattn.layers.layout import LAYOUTS, pad_to_multiple, unpool
 from glattn.layers.mechanism import MECHANISMS
 from glattn.layers.position import POSITIONS
 
-torch.fx.wrap("upsample")  # torch.fx looks for wrapped functions by the file that calls them
+# torch.fx looks for wrapped functions by the file that calls them
+torch.fx.wrap("pad_to_multiple")
+torch.fx.wrap("unpool")
 
 
 class HeadGroup(nn.Module):
@@ -108,9 +110,17 @@ class MultiHeadGlobalAttention(nn.Module):
         self.pool_stride = config.pool_stride if kind.pooled else 1
         self.pool: nn.Module = nn.Identity()
         if self.pool_stride > 1:
-            # a kernel of stride + 1 (made odd) leaves no cell out and overlaps its neighbours
-            kernel_size = self.pool_stride + 1 - self.pool_stride % 2
-            self.pool = ConvNorm(dim, dim, kernel_size=kernel_size, stride=self.pool_stride, groups=dim, **factory)
+            # over stride x stride cells, where bilinear resizing places them; an odd kernel takes one row, column more
+            before = 1 - self.pool_stride % 2
+            self.pool = ConvNorm(
+                dim,
+                dim,
+                kernel_size=self.pool_stride + before,
+                stride=self.pool_stride,
+                groups=dim,
+                padding=before,
+                **factory,
+            )
         self.embed = POSITIONS[config.position].embed(dim, **factory)
         shared = MECHANISMS[config.mechanism].shares_qk
         self.qkv = ConvNorm(dim, (2 if shared else 3) * dim, **factory)
@@ -154,14 +164,15 @@ class MultiHeadGlobalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the attended map."""
-        qkv = self.qkv(self.embed(self.pool(x))).split(self.widths, dim=1)
+        pooled = self.pool(pad_to_multiple(x, self.pool_stride)) if self.pool_stride > 1 else x
+        qkv = self.qkv(self.embed(pooled)).split(self.widths, dim=1)
         outs: list[Tensor] = []
         for i, group in enumerate(self.groups):
             # counted from the end, so that keys are the queries where a mechanism shares them
             outs.append(group(qkv[i], qkv[i - 2 * len(self.groups)], qkv[i - len(self.groups)]))
         out = self.proj(outs[0] if len(outs) == 1 else torch.cat(outs, dim=1))
         if self.pool_stride > 1:
-            out = upsample(out, x.shape[2], x.shape[3])
+            out = unpool(out, self.pool_stride, x.shape[2], x.shape[3])
         return out
 
 

@@ -289,6 +289,7 @@ class ConvNorm(nn.Module):
         stride: Stride, in cells.
         dilation: Dilation, in cells.
         groups: Groups of channels that do not see each other.
+        padding: Cells of zeros around the map, in place of "same".
     """
 
     def __init__(
@@ -300,6 +301,7 @@ class ConvNorm(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
+        padding: int | None = None,
         **factory: Any,
     ) -> None:
         super().__init__()
@@ -309,7 +311,7 @@ class ConvNorm(nn.Module):
             out_channels,
             kernel_size,
             stride,
-            padding=dilation * (kernel_size // 2),
+            padding=dilation * (kernel_size // 2) if padding is None else padding,
             dilation=dilation,
             groups=groups,
             bias=False,

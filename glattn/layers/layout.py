@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glattn.config import MixerConfig
-from glattn.layers.tracing import sizes_are_known
+from glattn.layers.tracing import certain, sizes_are_known
 
 
 @torch.fx.wrap
@@ -29,6 +29,29 @@ def upsample(x: Tensor, height: int, width: int) -> Tensor:
         if x.shape[2] == height and x.shape[3] == width:
             return x
     return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+
+
+@torch.fx.wrap
+def pad_to_multiple(x: Tensor, stride: int) -> Tensor:
+    """Return the map with zeros below and right of it, up to multiples of ``stride``; itself where it has those."""
+    height, width = x.shape[2], x.shape[3]
+    if certain(height % stride == 0) and certain(width % stride == 0):
+        return x
+    down, right = -(-height // stride) * stride - height, -(-width // stride) * stride - width
+    return F.pad(x, [0, right, 0, down])
+
+
+@torch.fx.wrap
+def unpool(x: Tensor, stride: int, height: int, width: int) -> Tensor:
+    """Return the map with each cell spread over ``stride x stride``, bilinearly, and cut to ``height x width``."""
+    x = F.interpolate(x, size=(x.shape[2] * stride, x.shape[3] * stride), mode="bilinear", align_corners=False)
+    if certain(height % stride == 0) and certain(width % stride == 0):
+        return x
+    if sizes_are_known():
+        return x[:, :, :height, :width]
+    # in a trace the strides of such a view would tie it to the sizes it was made with
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    return x.index_select(2, rows).index_select(3, columns)
 
 
 @torch.fx.wrap

@@ -1,6 +1,7 @@
 """What functions ask that are scripted, traced, compiled and exported as well as called."""
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def sizes_are_known() -> bool:
@@ -9,3 +10,13 @@ def sizes_are_known() -> bool:
         return True
     else:  # noqa: RET505 (TorchScript compiles what stands behind an if)
         return not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
+def certain(condition: bool) -> bool:
+    """Tell whether a condition on sizes holds of every size that a trace, or what the compiler makes, is for."""
+    if torch.jit.is_scripting():
+        return condition
+    else:  # noqa: RET505
+        if torch.compiler.is_compiling():
+            return statically_known_true(condition)
+        return condition and not torch.jit.is_tracing()

@@ -15,7 +15,7 @@ def _size(dims: tuple[int, ...], depths: tuple[int, ...], **options: Any) -> GLA
     return GLAttnConfig(dims=dims, depths=depths).replace(**{**_DEFAULT, **options})
 
 
-# Up to small one wide block stands last: on drawings it is worth more than depth (see docs/results.md).
+# One wide block stands last: on drawings it is worth more than depth (see docs/results.md).
 _WIDE = {"mlp_ratio": (4.0, 4.0, 4.0, 2.0)}
 _TINY = _size((64, 128, 320, 1344), (1, 1, 6, 1), **_WIDE)
 
@@ -26,8 +26,8 @@ VARIANTS: dict[str, GLAttnConfig] = {
     "glattn_nano": _size((64, 128, 256, 960), (1, 1, 4, 1), **_WIDE),
     "glattn_tiny": _TINY,
     "glattn_small": _size((64, 128, 384, 1536), (1, 1, 14, 1), **_WIDE),
-    "glattn_base": _size((96, 224, 416, 832), (3, 3, 26, 3)),
-    "glattn_large": _size((128, 320, 640, 1280), (3, 3, 25, 3)),
+    "glattn_base": _size((96, 192, 512, 1920), (1, 1, 14, 1), **_WIDE),
+    "glattn_large": _size((128, 256, 704, 2816), (1, 1, 18, 1), **_WIDE),
     # one mechanism of the specification each, all else as in glattn_tiny
     "glattn_tiny_rope": _TINY.replace(position="rope"),
     # no bias where the whole map is attended: it would grow with the square of the map
