@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -99,7 +100,7 @@ class MixerConfig:
             raise ValueError(f"kernel_sizes has {bad}; every size must be odd and positive, such as (1, 3, 5)")
         if bad := [w for w in self.window_sizes if w < 0]:
             raise ValueError(f"window_sizes has {bad}; a size is positive, or 0 for the whole map")
-        if not isinstance(self.local_groups, int):
+        if isinstance(self.local_groups, bool) or not isinstance(self.local_groups, int):
             check_choice("local_groups", self.local_groups, ("depthwise", "dense"), "or a number of groups")
         positive = (
             "head_dim", "pool_stride", "window_size", "window_ratio", "window_tokens", "random_features",
@@ -152,8 +153,10 @@ class GLAttnConfig:
             if len(value) != NUM_STAGES or min(value) < 1:
                 raise ValueError(f"{name}={value}; give {NUM_STAGES} positive integers, one a stage")
         ratios = per_stage("mlp_ratio", self.mlp_ratio)
-        if any(isinstance(r, bool) or not isinstance(r, Real) or r <= 0 for r in ratios):
+        if any(isinstance(r, bool) or not isinstance(r, Real) or not 0 < float(r) < math.inf for r in ratios):
             raise ValueError(f"mlp_ratio={self.mlp_ratio!r}; give a positive number, or {NUM_STAGES} of them")
+        if any(int(dim * r) < 1 for dim, r in zip(self.dims, ratios, strict=True)):
+            raise ValueError(f"mlp_ratio={self.mlp_ratio!r} leaves a stage of dims={self.dims} no hidden channel")
         object.__setattr__(self, "mlp_ratio", tuple(float(r) for r in ratios))
         check_choice("abs_pos", self.abs_pos, ("none", "stem", "stages"))
         check_choice("act_layer", self.act_layer, _ACT_LAYER_DEFAULT)
@@ -163,7 +166,7 @@ class GLAttnConfig:
             )
         object.__setattr__(self, "stem_stride", int(self.stem_stride))
         scale: Any = self.layer_scale
-        if isinstance(scale, bool) or not isinstance(scale, Real) or not float(scale) >= 0:
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= float(scale) < math.inf:
             raise ValueError(f"layer_scale={scale!r}; give a positive number such as 0.1, or 0 to leave it out")
         object.__setattr__(self, "layer_scale", float(scale))
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 import timm
+import torch
 
 from glattn import GLAttnConfig, MixerConfig
 from glattn.layers import TABLES
@@ -57,11 +59,14 @@ def test_unknown_options_raise_type_error(options, words):
         ({"dims": (16, 24, 32)}, ["dims", "(16, 24, 32)"]),
         ({"depths": (1, 0, 1, 1)}, ["depths", "positive"]),
         ({"mlp_ratio": -1}, ["mlp_ratio=-1", "positive"]),
+        ({"mlp_ratio": math.inf}, ["mlp_ratio=inf", "positive"]),
+        ({"mlp_ratio": [4, 4, 0.01, 4]}, ["mlp_ratio", "no hidden channel"]),
         ({"head_dim": 7}, ["head_dim=7", "16 channels", "divisor"]),
         ({"num_heads": 5}, ["num_heads=5", "16 channels", "divisor"]),
         ({"num_heads": 1, "layout": "cross_shaped"}, ["cross_shaped", "2 head groups", "multiple of 2"]),
         ({"head_dim": 2, "position": "rope"}, ["rope", "head_dim=2", "multiple of 4"]),
         ({"local_groups": 5}, ["local_groups=5", "divisor"]),
+        ({"local_groups": True}, ["local_groups=True", "dense"]),
         ({"local_groups": "densee"}, ["local_groups='densee'", "did you mean 'dense'"]),
         ({"position": "bias", "mechanism": "performer"}, ["position='bias'", "performer", "rope"]),
         ({"layout": "overlap", "mechanism": "reformer"}, ["overlap", "reformer", "window"]),
@@ -73,10 +78,12 @@ def test_unknown_options_raise_type_error(options, words):
         ({"halo": -1}, ["halo=-1"]),
         ({"attn_drop": 1.5}, ["attn_drop=1.5"]),
         ({"layer_scale": -1.0}, ["layer_scale=-1.0", "0 to leave it out"]),
+        ({"layer_scale": math.inf}, ["layer_scale=inf", "0 to leave it out"]),
         ({"stem_stride": 3}, ["stem_stride=3", "4"]),
         ({"abs_pos": "stme"}, ["abs_pos='stme'", "did you mean 'stem'"]),
         ({"output_stride": 12}, ["output_stride=12", "8, 16, 32"]),
         ({"global_pool": "mean"}, ["global_pool='mean'", "avg"]),
+        ({"global_pool": ""}, ["global_pool=''", "num_classes=1000"]),
         ({"img_size": (224, 0)}, ["img_size=(224, 0)"]),
         ({"img_size": 64.0}, ["img_size=64.0"]),
         ({"num_classes": True}, ["num_classes=True"]),
@@ -91,6 +98,20 @@ def test_impossible_options_say_what_is_allowed(options, words):
         timm.create_model("test_glattn", **options)
     assert [word for word in words if word not in str(caught.value)] == []
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [(4, ""), (-1,), (2.0,)])
+def test_impossible_classifiers_are_refused_before_anything_changes(given):
+    model = timm.create_model("test_glattn", num_classes=3).eval()
+    with pytest.raises(ValueError, match="num_classes"):
+        model.reset_classifier(*given)
+    assert model.num_classes == model(torch.zeros(1, 3, 32, 32)).shape[1] == 3
+
+
+@pytest.mark.parametrize("act_layer", ["relu", "prelu"])
+def test_activations_are_made_on_the_device_and_in_the_type_asked_for(act_layer):
+    model = timm.create_model("test_glattn", act_layer=act_layer, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -205,6 +205,20 @@ def test_scripted_and_traced_give_the_same_numbers(name):
                 assert relative(graph(image), net(image)) < 1e-5
 
 
+@pytest.mark.parametrize("options", [{}, {"local": "augmented"}, {"local": "augmented", "augment_ratio": 0.5}])
+def test_what_is_scripted_trains(options):
+    model = timm.create_model("test_glattn", num_classes=3, **options)
+    script, x = scripted(model), torch.randn(2, 3, 64, 64)
+    for _ in range(3):  # TorchScript derives from the second call on
+        script(x).square().sum().backward()
+    given = {name: p.grad for name, p in script.named_parameters()}
+    model.zero_grad()
+    for _ in range(3):
+        model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(given[name], parameter.grad, rtol=1e-3, atol=1e-3)
+
+
 TRACED = {
     "grid": {"layout": "grid", "window_size": 4},
     "window": {"layout": "window", "window_size": 4, "position": "bias"},

@@ -110,8 +110,13 @@ class AugmentedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution's channels and attention's."""
         out = self.conv(x[:, : self.conv_in])
-        if self.attn_dim == 0:
+        if hasattr(self, "qkv"):  # asked so for TorchScript, which leaves this branch out then
+            return torch.cat([out, self.attend(x)], dim=1)
+        else:  # noqa: RET505
             return out
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Return attention's channels."""
         pooled = x
         if self.stride > 1:
             pooled = F.avg_pool2d(x, self.stride, ceil_mode=True, count_include_pad=False)
@@ -124,4 +129,4 @@ class AugmentedConv(nn.Module):
         attn = self.proj(attn.transpose(1, 2).reshape(-1, self.attn_dim, height, width))
         if self.stride > 1:
             attn = upsample(attn, x.shape[2], x.shape[3])
-        return torch.cat([out, attn], dim=1)
+        return attn

@@ -77,7 +77,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, *, hidden_dim: int, act_layer: str, **factory: Any) -> None:
         super().__init__()
         self.fc1 = ConvNorm(dim, hidden_dim, **factory)
-        self.act = activation(act_layer)
+        self.act = activation(act_layer, **factory)
         self.fc2 = ConvNorm(hidden_dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:

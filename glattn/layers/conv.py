@@ -169,14 +169,20 @@ def strided(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """A convolution whose height and width change places where oneDNN misreads it, see `is_misread`.
+    """A convolution that is computed in float32 where oneDNN misreads it, see `is_misread`.
 
     What is compiled, traced or exported has no such branch.
     """
     if sizes_are_known() and is_misread(x, weight, stride, padding, dilation):
-        turned = (stride[1], stride[0]), (padding[1], padding[0]), (dilation[1], dilation[0])
-        out = F.conv2d(x.transpose(2, 3), weight.transpose(2, 3), bias, turned[0], turned[1], turned[2], groups)
-        return out.transpose(2, 3)
+        wide_bias = bias if bias is None else bias.float()
+        if torch.jit.is_scripting():
+            out = F.conv2d(x.float(), weight.float(), wide_bias, stride, padding, dilation, groups)
+            return out.to(x.dtype)
+        else:  # noqa: RET505
+            dtype = x.dtype if x.dtype == torch.bfloat16 else torch.get_autocast_dtype("cpu")
+            with torch.autocast("cpu", enabled=False):
+                out = F.conv2d(x.float(), weight.float(), wide_bias, stride, padding, dilation, groups)
+            return out.to(dtype)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -415,10 +421,10 @@ def scale_output(conv: nn.Module, scale: Tensor) -> None:
         target.bias.mul_(scale)
 
 
-def activation(act_layer: str) -> nn.Module:
+def activation(act_layer: str, **factory: Any) -> nn.Module:
     """Return an activation, by timm's name, in place where autograd needs no copy for that: ReLU's reads its output."""
     act: nn.Module = create_act_layer(act_layer, inplace=act_layer == "relu")
-    return act
+    return act.to(**factory)  # PReLU has a parameter
 
 
 def activate_in_place(act: nn.Module) -> None:

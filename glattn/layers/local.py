@@ -23,6 +23,7 @@ def _squeeze_excite(dim: int, **factory: Any) -> nn.Module:
     gate = SqueezeExcite(dim, rd_ratio=1 / 16, **factory)
     for conv in (gate.fc1, gate.fc2):
         conv.__class__ = Pointwise  # the same, computed faster on its single cell
+    gate.act.inplace = False  # TorchScript's autograd refuses that behind Pointwise's view
     return gate
 
 

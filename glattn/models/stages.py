@@ -45,7 +45,7 @@ class Stem(nn.Sequential):
         super().__init__()
         self.inner_dim = max(dim // 2, 1)
         self.conv1 = ConvNorm(in_chans, self.inner_dim, kernel_size=3, stride=2, **factory)
-        self.act = activation(config.act_layer)
+        self.act = activation(config.act_layer, **factory)
         self.conv2 = ConvNorm(self.inner_dim, dim, kernel_size=3, stride=stride // 2, **factory)
         self.pos_embed = AbsolutePosition(dim, map_size, **factory) if config.abs_pos == "stem" else nn.Identity()
 

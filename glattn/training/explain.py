@@ -140,9 +140,9 @@ def _overlay(axis: Any, image: np.ndarray, values: np.ndarray | None, missing: s
         return
     low, high = float(values.min()), float(values.max())
     axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1)
+    span = max(high - low, 1e-3 * max(-low, high), 1e-12)  # less is rounding, on a map of one cell
     # where there is little to show, the image shows through
-    share = (values - low) / max(high - low, 1e-12)
-    axis.imshow(values, cmap=colours, alpha=0.25 + 0.55 * share)
+    axis.imshow(values, cmap=colours, vmin=low, vmax=low + span, alpha=0.25 + 0.55 * (values - low) / span)
     axis.text(
         0.5, -0.03, f"{low:.1f} to {high:.1f}", transform=axis.transAxes,
         ha="center", va="top", fontsize=8, color="#444",
