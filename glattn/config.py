@@ -35,7 +35,7 @@ class MixerConfig:
         num_heads: Attention heads; ``None`` takes the branch's width over ``head_dim``.
         head_dim: Channels a head, where ``num_heads`` is ``None``.
         layout: Which cells see which: ``full``, ``pooled``, ``window``, ``shifted``, ``grid``, ``overlap``,
-            ``multi_scale`` or ``cross_shaped``.
+            ``multi_scale`` or ``cross_shaped``. The named models pool by 8, 4 and 2 before their last stage.
         pool_stride: Stride of the map that ``layout="pooled"`` attends on, in cells.
         window_sizing: Where the window size comes from: ``fixed`` (``window_size``), ``image`` (the nominal image
             size, rounded up to the map's stride, over ``window_ratio``), ``map`` (the map cut into

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; every key of the configuration is one, as key=value."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = help_text()
-    parser.add_argument("--config", metavar="FILE", help="a YAML recipe, see configs/")
+    parser.add_argument("--config", metavar="FILE", help="a YAML recipe, such as those in configs/ of the repository")
     for name, text in (
         ("data", "folder with train/ and val/, or with one folder a class"),
         ("model", "timm model name"),
