@@ -77,6 +77,24 @@ def mean_top1(runs: Sequence[dict[str, str]]) -> str:
     return f"{sum(float(run['test_top1']) for run in runs) / len(runs):.1f}"
 
 
+def in_place() -> str:
+    """Return atto's runs before and since its pooled maps lie over the cells that they pool, seed by seed."""
+    arms = [(task, "glattn_atto", "scratch") for task in ("icons100", "emoji")]
+    arms += [(f"transfer/{task}", "glattn_atto:pretrained", "pretrained") for task in TASKS]
+    rows = []
+    for folder, model, start in arms:
+        path = f"in-place/{folder}"
+        if not (ROOT / "docs" / "results" / path / "runs.csv").exists():
+            continue
+        since = [row for row in read(f"{path}/runs.csv") if row["model"] == model]
+        same = {(row["lr"], row["seed"]) for row in since}
+        before = [
+            row for row in read(f"{folder}/runs.csv") if row["model"] == model and (row["lr"], row["seed"]) in same
+        ]
+        rows.append([Path(folder).name, start, since[0]["lr"], top1_by_seed(before), top1_by_seed(since)])
+    return markdown(("task", "start", "lr", "before, by seed", "since, by seed"), rows)
+
+
 def sizes() -> str:
     """Return each size's cost beside the ConvNeXt of its name, and its speed as a multiple of that one's, by maker.
 
@@ -474,6 +492,7 @@ def results() -> str:
         **{folder: drawings(folder, *beside) for folder, beside in DRAWINGS.items()},
         "paths64": paths("ablation/paths64", 64, "ablation/paths64.csv"),
         "paths128": paths("paths128", 128),
+        "in-place": in_place(),
         "ablation": ablation(),
         "choice": choice(),
         "widths": widths(),

@@ -191,7 +191,7 @@ class Performer(nn.Module):
 
 @torch.fx.wrap
 def resize_projection(projection: Tensor, tokens: int) -> Tensor:
-    """Return a ``(rank, tokens)`` projection resized along its tokens; by whole numbers it keeps what it makes of a constant."""
+    """Return a ``(rank, tokens)`` projection for other tokens; by whole numbers it keeps what a constant becomes."""
     if sizes_are_known():
         if projection.shape[1] == tokens:
             return projection

@@ -127,7 +127,7 @@ class GLAttn(nn.Module):
         | their biases | 0 |
         | BatchNorm, LayerNorm | weight 1, bias 0; running mean 0, variance 1 |
         | layer scale | ``layer_scale`` |
-        | global context's last layer | 0: the block starts without it |
+        | ECA, global context | timm's own; the last layer of the context 0: the block starts without it |
         | relative and absolute tables | truncated normal, standard deviation 0.02 |
         | rotary frequencies (mixed) | axial ones turned to a random direction a head |
         | Linformer's projections | truncated normal, variance 1 / tokens |
