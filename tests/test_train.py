@@ -584,7 +584,8 @@ def test_class_weights_balance_the_loss(tmp_path):
     assert plain.criterion.weight is None
 
 
-def test_a_folder_is_trained_in_by_one_process_at_a_time(trainer, tmp_path):
+def test_a_folder_is_trained_in_by_one_process_at_a_time(trainer, monkeypatch):
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.0)
     t = trainer()
     with run_folder.claim(t.folder), pytest.raises(ValueError, match="another process trains in"):
         t.run()

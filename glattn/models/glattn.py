@@ -189,7 +189,8 @@ class GLAttn(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Give the model a new classifier for this many classes (0: none), and another pooling if named."""
         num_classes = as_integer("num_classes", num_classes, 0)
-        check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
+        if global_pool is not None:
+            check_pool(global_pool, num_classes)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features

@@ -10,12 +10,12 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -25,6 +25,11 @@ from glattn.training.config import TrainConfig
 from glattn.training.data import Source
 from glattn.training.figures import save_figure
 from glattn.training.validation import Predictions
+
+if sys.platform != "win32":
+    import fcntl
+
+_PATIENCE = 10.0  # seconds, in which the workers of a run that was killed are gone
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -50,23 +55,33 @@ def choose_folder(config: TrainConfig) -> Path:
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Keep a run's folder from other processes, by a lock that ends with this one.
+    """Keep a run's folder from other processes, by a lock that ends with this one; Windows has none such.
 
     Raises:
         ValueError: Another process trains there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process trains in {folder}; give another run=FOLDER, or wait for it") from None
-    except NotImplementedError:  # a file system without locks
-        pass
-    try:
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise ValueError(
+                        f"another process trains in {folder}; give another run=FOLDER, or wait for it"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
         yield
     finally:
-        lock.release()
+        os.close(handle)
 
 
 def describe_environment(device: str, processes: int) -> dict[str, Any]:
