@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -586,12 +587,27 @@ def test_class_weights_balance_the_loss(tmp_path):
 
 def test_a_folder_is_trained_in_by_one_process_at_a_time(trainer, monkeypatch):
     monkeypatch.setattr(run_folder, "_PATIENCE", 0.0)
-    t = trainer()
-    with run_folder.claim(t.folder), pytest.raises(ValueError, match="another process trains in"):
-        t.run()
-    assert not (t.folder / "config.yaml").exists()
-    with run_folder.claim(t.folder):
-        pass
+    first = trainer()
+    again = dataclasses.replace(first.config, resume="auto")
+    with pytest.raises(ValueError, match="another process trains in"):
+        Trainer(again)
+    first.run()
+    second = Trainer(again)
+    assert second.progress.epoch == first.progress.epoch == first.config.epochs
+
+
+def test_a_run_that_has_come_and_gone_meanwhile_keeps_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(model="test_glattn", data="images")
+    with contextlib.ExitStack() as stack:
+        taken = run_folder.claim(config, stack)
+
+    choices = iter([taken, *[tmp_path / "other"] * 3])
+    monkeypatch.setattr(run_folder, "choose_folder", lambda config: next(choices))
+    with contextlib.ExitStack() as stack:
+        assert run_folder.claim(config, stack) == tmp_path / "other"
+        assert not taken.exists()
+    assert not (tmp_path / "other").exists()
 
 
 @MODELS

@@ -145,7 +145,7 @@ def _in_bfloat16(x: Tensor) -> bool:
     if torch.jit.is_scripting():
         return x.dtype == torch.bfloat16
     else:  # noqa: RET505 (TorchScript compiles what stands behind an if)
-        return x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        return x.dtype == torch.bfloat16 or (torch.is_autocast_enabled("cpu") and x.dtype != torch.float64)
 
 
 def is_misread(
@@ -179,7 +179,7 @@ def strided(
             out = F.conv2d(x.float(), weight.float(), wide_bias, stride, padding, dilation, groups)
             return out.to(x.dtype)
         else:  # noqa: RET505
-            dtype = x.dtype if x.dtype == torch.bfloat16 else torch.get_autocast_dtype("cpu")
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
             with torch.autocast("cpu", enabled=False):
                 out = F.conv2d(x.float(), weight.float(), wide_bias, stride, padding, dilation, groups)
             return out.to(dtype)

@@ -12,11 +12,14 @@ def sizes_are_known() -> bool:
         return not (torch.jit.is_tracing() or torch.compiler.is_compiling())
 
 
+_CAN_TELL = torch.__version__ >= (2, 14)  # before, untried
+
+
 def certain(condition: bool) -> bool:
     """Tell whether a condition on sizes holds of every size that a trace, or what the compiler makes, is for."""
     if torch.jit.is_scripting():
         return condition
     else:  # noqa: RET505
         if torch.compiler.is_compiling():
-            return statically_known_true(condition)
-        return condition and not torch.jit.is_tracing()
+            return _CAN_TELL and statically_known_true(condition)
+        return not torch.jit.is_tracing() and condition

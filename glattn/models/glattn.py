@@ -68,7 +68,7 @@ class GLAttn(nn.Module):
             raise ValueError(f"output_stride={output_stride!r} is not one of 8, 16, 32")
         drop_rate, drop_path_rate = as_rate("drop_rate", drop_rate), as_rate("drop_path_rate", drop_path_rate)
         in_chans, num_classes = as_integer("in_chans", in_chans, 1), as_integer("num_classes", num_classes, 0)
-        check_pool(global_pool, num_classes)
+        check_choice("global_pool", global_pool, POOLS)
         if stem_features and config.stem_stride != 4:
             raise ValueError(
                 f"stem_features=True with stem_stride={config.stem_stride}: the first stage is at stride 2 itself;"
@@ -190,7 +190,9 @@ class GLAttn(nn.Module):
         """Give the model a new classifier for this many classes (0: none), and another pooling if named."""
         num_classes = as_integer("num_classes", num_classes, 0)
         if global_pool is not None:
-            check_pool(global_pool, num_classes)
+            check_choice("global_pool", global_pool, POOLS)
+            if not global_pool and num_classes:
+                raise ValueError(f"global_pool='' leaves num_classes={num_classes} a map; give 0, or a pooling")
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
@@ -261,15 +263,6 @@ class GLAttn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the classes' logits, ``(B, num_classes)``."""
         return self.forward_head(self.forward_features(x))
-
-
-def check_pool(global_pool: str, num_classes: int) -> None:
-    """Refuse a pooling that is unknown, or none before a classifier."""
-    check_choice("global_pool", global_pool, POOLS)
-    if not global_pool and num_classes:
-        raise ValueError(
-            f"global_pool='' leaves a map where num_classes={num_classes} need a vector; give 0, or a pooling"
-        )
 
 
 def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:

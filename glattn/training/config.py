@@ -194,7 +194,7 @@ class TrainConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-_LARGEST = 1e15  # of what has no bound but that it is a number
+_LARGEST = 1e15  # of what has no other bound; what is infinite fails later, or never begins
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("drop_rate drop_path_rate label_smoothing hflip vflip random_erase mixup_prob distill_weight", 0, 1),
     ("val_fraction", 0.001, 0.9),

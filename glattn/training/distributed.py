@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import Any
 
@@ -26,10 +25,10 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         ValueError: accelerate refuses it, the tracker is missing, or it was launched for what this loop does not do.
     """
     tracker = config.tracker
+    available = {"all", *map(str, get_available_trackers())}
     if tracker == "auto":
-        tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-    missing = {str(kind) for kind in LoggerType} - {"all", *map(str, get_available_trackers())}
-    if tracker in missing:  # accelerate would go on without
+        tracker = "tensorboard" if "tensorboard" in available else "none"
+    if tracker in {str(kind) for kind in LoggerType} - available:  # accelerate would go on without
         raise ValueError(f"tracker={tracker}: its package is not installed; install it or give tracker=none")
     if config.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)

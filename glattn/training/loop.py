@@ -64,8 +64,13 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.accelerator = start_accelerator(config)
         self.main = self.accelerator.is_main_process
-        chosen = [str(run_folder.choose_folder(config)) if self.main else ""]
-        self.folder = Path(broadcast_object_list(chosen)[0])
+        with contextlib.ExitStack() as claimed:
+            chosen = [str(run_folder.claim(config, claimed)) if self.main else ""]
+            self.folder = Path(broadcast_object_list(chosen)[0])
+            self._build(config)
+            self.claimed = claimed.pop_all()  # the folder is this run's until it has run
+
+    def _build(self, config: TrainConfig) -> None:
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         self.config = config = dataclasses.replace(config, run=str(self.folder))
         self.train_source, self.val_source = data.open_sources(config)
@@ -245,12 +250,8 @@ class Trainer:
         return loss_sum / (self.steps * parts)
 
     def run(self) -> Path:
-        """Train to the end, and return the run's folder.
-
-        Raises:
-            ValueError: Another process trains in the folder, or a loss is no number.
-        """
-        with run_folder.claim(self.folder) if self.main else contextlib.nullcontext():
+        """Train to the end, and return the run's folder."""
+        with self.claimed:
             return self._run()
 
     def _run(self) -> Path:

@@ -53,13 +53,23 @@ def choose_folder(config: TrainConfig) -> Path:
         number, last = number + 1, folder
 
 
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Keep a run's folder from other processes, by a lock that ends with this one; Windows has none such.
+def claim(config: TrainConfig, claimed: contextlib.ExitStack) -> Path:
+    """Choose a run's folder, and keep it from other processes until the stack is closed.
 
     Raises:
-        ValueError: Another process trains there.
+        ValueError: The folder asked for holds another run, or another process trains there.
     """
+    while True:
+        folder = choose_folder(config)
+        claimed.enter_context(_locked(folder))
+        if config.resume or choose_folder(config) == folder:  # no other run has come and gone there meanwhile
+            return folder
+        claimed.close()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which ends with this process at the latest; Windows has none such."""
     folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":
         yield
@@ -82,6 +92,8 @@ def claim(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        with contextlib.suppress(OSError):  # one that was refused leaves nothing
+            folder.rmdir()
 
 
 def describe_environment(device: str, processes: int) -> dict[str, Any]:
