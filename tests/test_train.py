@@ -353,6 +353,7 @@ MISTAKES = {
     "checkpoint=/nowhere.safetensors": "no checkpoint '/nowhere.safetensors'",
     "teacher=test_resnett": "unknown model 'test_resnett'",
     "data=/nowhere": "no folder '/nowhere'",
+    f"run={__file__}": "is a file; give a folder",
     "tracker=tensorbord": "tensorbord",
     "tracker=aim": "tracker=aim: its package is not installed",
     "dataset=hfds": "dataset='hfds'",

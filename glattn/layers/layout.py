@@ -1,10 +1,9 @@
 """Which cells see which: a layout turns a map into groups of query and key tokens, and tokens back into a map.
 
 Windows are Swin's (arXiv:2103.14030), the grid MaxViT's (arXiv:2204.01697), the halo HaloNet's (arXiv:2103.12731),
-stripes CSWin's (arXiv:2107.00652), the pooled map PVT's (arXiv:2102.12122), with pooled
-queries. The others differ from those in one way: a map of any size is padded on the fly, padded cells are never
-attended, and shifted windows are cut off at the border instead of wrapped around, so that one mask, which keys exist,
-serves every layout.
+stripes CSWin's (arXiv:2107.00652), the pooled map PVT's (arXiv:2102.12122), with pooled queries. The others differ from
+those in one way: a map of any size is padded on the fly, padded cells are never attended, and shifted windows are cut
+off at the border instead of wrapped around, so that one mask, which keys exist, serves every layout.
 
 A layout is an index of the map's cells, so that a channels_last map is copied once on its way into groups, and never by
 the full layout. Index arithmetic is on one flat range: a traced graph then holds for any number of groups.

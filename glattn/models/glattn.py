@@ -66,9 +66,9 @@ class GLAttn(nn.Module):
         config = (cfg or GLAttnConfig()).replace(**options)
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride={output_stride!r} is not one of 8, 16, 32")
+        check_choice("global_pool", global_pool, POOLS)
         drop_rate, drop_path_rate = as_rate("drop_rate", drop_rate), as_rate("drop_path_rate", drop_path_rate)
         in_chans, num_classes = as_integer("in_chans", in_chans, 1), as_integer("num_classes", num_classes, 0)
-        check_choice("global_pool", global_pool, POOLS)
         if stem_features and config.stem_stride != 4:
             raise ValueError(
                 f"stem_features=True with stem_stride={config.stem_stride}: the first stage is at stride 2 itself;"

@@ -70,6 +70,8 @@ def claim(config: TrainConfig, claimed: contextlib.ExitStack) -> Path:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock on a folder, which ends with this process at the latest; Windows has none such."""
+    if folder.is_file():
+        raise ValueError(f"run={str(folder)!r} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":
         yield
