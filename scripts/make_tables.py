@@ -454,7 +454,8 @@ def when_it_helps(model: str, folder: Path) -> str:
     table = markdown(("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests"), rows)
     return f"""They come with the package: `timm.create_model("{model}", pretrained=True)` needs no network. They saw
 pictures of 64 x 64 pixels; any other size works. After training, kernels in front of a batch norm were scaled down to
-the size of a new model's, which changes no output: the rates that train a new model then move them as far.
+the size of a new model's, which changes no output: the rates that train a new model then move them as far. The model's
+pooled maps were moved by up to half a stride since (`docs/results.md`); what stands below is by the code of the runs.
 
 {started(folder)}## When it helps
 
