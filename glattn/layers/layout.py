@@ -37,7 +37,9 @@ def pad_to_multiple(x: Tensor, stride: int) -> Tensor:
     height, width = x.shape[2], x.shape[3]
     if certain(height % stride == 0) and certain(width % stride == 0):
         return x
-    down, right = -(-height // stride) * stride - height, -(-width // stride) * stride - width
+    # no negative number is divided: ONNX would round it up
+    down = (height + stride - 1) // stride * stride - height
+    right = (width + stride - 1) // stride * stride - width
     return F.pad(x, [0, right, 0, down])
 
 
