@@ -46,7 +46,7 @@ def pad_to_multiple(x: Tensor, stride: int) -> Tensor:
 @torch.fx.wrap
 def unpool(x: Tensor, stride: int, height: int, width: int) -> Tensor:
     """Return the map with each cell spread over ``stride x stride``, bilinearly, and cut to ``height x width``."""
-    x = F.interpolate(x, size=(x.shape[2] * stride, x.shape[3] * stride), mode="bilinear", align_corners=False)
+    x = upsample(x, x.shape[2] * stride, x.shape[3] * stride)
     if certain(height % stride == 0) and certain(width % stride == 0):
         return x
     if sizes_are_known():
