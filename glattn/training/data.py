@@ -11,7 +11,7 @@ import json
 import os
 import random
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,38 +189,41 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
         mapping, targets = reader.class_name_to_idx, list(reader.targets)
     if not class_map:
         mapping, targets = _numbered(mapping, targets)
-    if not is_folder:
-        reader.class_name_to_idx, reader.targets = mapping, np.array(targets)
-    else:
+    if is_folder:
         reader.class_to_idx = mapping
         reader.samples = [(path, target) for (path, _), target in zip(reader.samples, targets, strict=True)]
-        # a class is a folder that holds something: sub-folders of one without images are not classes of their own
-        holding = {_within(path, root).partition(os.sep)[0] for path, _ in reader.samples}
-        for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            if folder.name not in holding:
-                raise ValueError(
-                    f"class {folder.name!r} is empty: no images in {folder}; add some or remove the folder"
-                )
-        homes: dict[int, str] = {}  # timm names a class by the last folder alone
-        for path, target in reader.samples:
-            home = os.path.dirname(path)
-            if homes.setdefault(target, home) != home:
-                name, both = os.path.basename(home), sorted(os.path.relpath(h, root) for h in (homes[target], home))
-                raise ValueError(
-                    f"class {name!r} has two folders in {root}, {' and '.join(both)}; give each class one folder, of a"
-                    " name of its own"
-                )
-        folders = {Path(home) for home in homes.values()}
-        for folder in sorted(folders):
-            if above := folders.intersection(folder.parents):
-                raise ValueError(
-                    f"{above.pop()} holds images, and so does {folder.name} in it, which would be a class of its own;"
-                    " give each class one folder"
-                )
+        _check_folders(reader.samples, root)
+    else:
+        reader.class_name_to_idx, reader.targets = mapping, np.array(targets)
     names = [""] * (max(mapping.values()) + 1)
     for name, index in mapping.items():
         names[index] = name
     return Source(dataset, np.arange(len(targets)), np.array(targets, dtype=np.int64), tuple(names))
+
+
+def _check_folders(samples: Sequence[tuple[str, int]], root: Path) -> None:
+    """Refuse a class without images, one of two folders, and one within another."""
+    # a class is a folder that holds something: sub-folders of one without images are not classes of their own
+    holding = {_within(path, root).partition(os.sep)[0] for path, _ in samples}
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if folder.name not in holding:
+            raise ValueError(f"class {folder.name!r} is empty: no images in {folder}; add some or remove the folder")
+    homes: dict[int, str] = {}  # timm names a class by the last folder alone
+    for path, target in samples:
+        home = os.path.dirname(path)
+        if homes.setdefault(target, home) != home:
+            name, both = os.path.basename(home), sorted(os.path.relpath(h, root) for h in (homes[target], home))
+            raise ValueError(
+                f"class {name!r} has two folders in {root}, {' and '.join(both)}; give each class one folder, of a"
+                " name of its own"
+            )
+    folders = {Path(home) for home in homes.values()}
+    for folder in sorted(folders):
+        if above := folders.intersection(folder.parents):
+            raise ValueError(
+                f"{above.pop()} holds images, and so does {folder.name} in it, which would be a class of its own;"
+                " give each class one folder"
+            )
 
 
 def _within(path: str, root: str | Path) -> str:
