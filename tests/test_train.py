@@ -45,12 +45,6 @@ QUICK = {
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)  # precision is the process's, not the run's
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("colours"), train=8, val=4)
@@ -357,6 +351,7 @@ MISTAKES = {
     "tracker=tensorbord": "tensorbord",
     "tracker=aim": "tracker=aim: its package is not installed",
     "dataset=hfds": "dataset='hfds'",
+    "epoch_samples=5": "epoch_samples=5: only fractals",
 }
 
 
@@ -365,6 +360,12 @@ def test_a_tracker_that_is_installed_is_taken(tracker):
     pytest.importorskip("tensorboard")
     accelerator = start_accelerator(TrainConfig(device="cpu", tracker=tracker))
     assert [str(kind) for kind in accelerator.log_with] == ["tensorboard"]
+
+
+def test_fp16_on_a_cpu_is_refused_after_another_run_in_the_process():
+    start_accelerator(TrainConfig(device="cpu", tracker="none"))
+    with pytest.raises(ValueError, match="a CPU does not train in it"):
+        start_accelerator(TrainConfig(device="cpu", tracker="none", precision="fp16"))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

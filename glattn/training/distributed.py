@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration
+from accelerate.utils import LoggerType, ProjectConfiguration, parse_flag_from_env
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -33,10 +33,13 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if config.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+    # told so even where there is nothing else: accelerate would let torchrun's processes run alone
+    cpu = config.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if cpu and config.precision == "fp16":
+        raise ValueError("precision=fp16: a CPU does not train in it; give bf16 or no")
     try:
         accelerator = Accelerator(
-            # told so even where there is nothing else: accelerate would let torchrun's processes run alone
-            cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+            cpu=cpu,
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulate,
             log_with=None if tracker == "none" else tracker,
@@ -54,8 +57,6 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             "device=cpu trains them together on CPUs"
         )
     if accelerator.device.type == "cpu":
-        if config.precision == "fp16":
-            raise ValueError("precision=fp16: a CPU does not train in it; give bf16 or no")
         keep_freed_memory()
     return accelerator
 
