@@ -25,7 +25,7 @@ from glattn.hub.local_dir import save_config
 from glattn.listing import describe
 from glattn.models.variants import VARIANTS
 from glattn.models.weights import HUB
-from glattn.training.fractals import SAMPLES
+from glattn.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # folders of speed that docs/results.md shows: sizes beside their peers, on AMD, on Intel, and two of them on a GPU
@@ -408,7 +408,7 @@ def pretraining(folder: str) -> str:
     for path in sorted((ROOT / "docs" / "results" / folder / "pretraining").glob("*.csv")):
         epochs = read(str(path.relative_to(ROOT / "docs" / "results")))
         best = max(epochs, key=lambda row: float(row["top1"]))
-        rows.append([path.stem, f"{len(epochs) * SAMPLES:,}", f"{float(best['top1']):.1f}"])
+        rows.append([path.stem, f"{len(epochs) * TrainConfig.epoch_samples:,}", f"{float(best['top1']):.1f}"])
     return markdown(("run", "pictures", "top-1 on held-out fractals"), rows)
 
 

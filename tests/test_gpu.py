@@ -7,7 +7,6 @@ import json
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from models import VARIANTS, randomize, relative
 from oracles import OPTIONS, product
 from timm.utils import reparameterize_model
@@ -34,7 +33,6 @@ VALID = product(**{axis: TABLES[axis] for axis in ("layout", "position", "mechan
 def _exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    AcceleratorState._reset_state(reset_partial_state=True)  # its precision is for the whole process
 
 
 def small(**options):
@@ -173,9 +171,8 @@ def test_fractals_are_those_of_the_cpu_whoever_draws(monkeypatch, instances):
 
 
 def test_pretraining_learns(tmp_path, monkeypatch):
-    monkeypatch.setattr(fractals, "SAMPLES", 5000)
     monkeypatch.setattr(fractals, "HELD_OUT", 100)
-    options = ["model=test_glattn", "tracker=none", "precision=bf16", "workers=2"]
+    options = ["model=test_glattn", "tracker=none", "precision=bf16", "workers=2", "epoch_samples=5000"]
     assert main(["pretrain", "--samples", "10000", "--run", str(tmp_path / "run"), *options]) == 0
     with open(tmp_path / "run" / "metrics.csv") as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file)]

@@ -15,6 +15,7 @@ from glattn.training.data import TrainingBatches
 from glattn.training.pretrain import FractalSource
 
 TINY = ("model=test_glattn", "image_size=32", "batch_size=32", "tracker=none", "device=cpu", "workers=0")
+FEW = (*TINY, "epoch_samples=128")
 
 
 @pytest.fixture(scope="module")
@@ -154,22 +155,21 @@ def test_pictures_show_figures_of_every_kind():
 
 @pytest.fixture
 def _short(monkeypatch):
-    monkeypatch.setattr(fractals, "SAMPLES", 128)
     monkeypatch.setattr(fractals, "HELD_OUT", 64)
 
 
 @pytest.mark.usefixtures("_short")
 def test_a_run_that_is_cut_and_resumed_ends_as_one_that_is_not(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(["pretrain", "--samples", "256", "--run", str(whole), *TINY]) == 0
+    assert main(["pretrain", "--samples", "256", "--run", str(whole), *FEW]) == 0
     assert "1000 classes, 128 + 64 images at 32x32" in capsys.readouterr().out
-    assert main(["pretrain", "--samples", "128", "--run", str(cut), *TINY, "schedule=constant"]) == 0
-    assert main(["pretrain", "--samples", "256", "--run", str(cut), "--resume", "auto", *TINY]) == 1
+    assert main(["pretrain", "--samples", "128", "--run", str(cut), *FEW, "schedule=constant"]) == 0
+    assert main(["pretrain", "--samples", "256", "--run", str(cut), "--resume", "auto", *FEW]) == 1
     assert "schedule" in capsys.readouterr().err
     for samples in ("128", "256"):
         arguments = ["--samples", samples, "--run", str(tmp_path / "twice"), "--resume", "auto"]
-        assert main(["pretrain", *arguments, *TINY, "schedule=constant"]) == 0
-    once = ["--samples", "256", "--run", str(tmp_path / "once"), *TINY, "schedule=constant"]
+        assert main(["pretrain", *arguments, *FEW, "schedule=constant"]) == 0
+    once = ["--samples", "256", "--run", str(tmp_path / "once"), *FEW, "schedule=constant"]
     assert main(["pretrain", *once]) == 0
     states = [torch.load(max((tmp_path / run / "checkpoints").glob("*.pt")), weights_only=True)["model"]
               for run in ("once", "twice")]  # fmt: skip
@@ -181,11 +181,11 @@ def test_a_run_that_is_cut_and_resumed_ends_as_one_that_is_not(tmp_path, capsys)
 @pytest.mark.usefixtures("_short")
 def test_a_run_on_several_fractals_goes_on_from_one_on_single_ones(tmp_path, monkeypatch):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert main(["pretrain", "--samples", "128", "--run", str(first), *TINY]) == 0
+    assert main(["pretrain", "--samples", "128", "--run", str(first), *FEW]) == 0
     asked, spread = [], even_shares
     monkeypatch.setattr("glattn.training.build.even_shares", lambda *a: asked.append(spread(*a)) or asked[-1])
     start = f"checkpoint={first / 'best' / 'model.safetensors'}"
-    arguments = ["pretrain", "--samples", "128", "--run", str(second), *TINY, start, "instances=3", "lr=1e-9"]
+    arguments = ["pretrain", "--samples", "128", "--run", str(second), *FEW, start, "instances=3", "lr=1e-9"]
     assert main(arguments) == 0
     states = [load_file(run / "best" / "model.safetensors") for run in (first, second)]
     torch.testing.assert_close(states[0]["head.fc.weight"], states[1]["head.fc.weight"], atol=1e-4, rtol=0)
@@ -200,7 +200,8 @@ def test_a_run_on_several_fractals_goes_on_from_one_on_single_ones(tmp_path, mon
         (["instances=0"], "1 to 16"),
         (["instances=2", "cutmix=1"], "cutmix=0"),
         (["instances=2", "loss=bce"], "cross_entropy"),
-        (["--samples", "75000"], "50000"),
+        (["--samples", "75000"], "epoch_samples=50000"),
+        (["--samples", "75000", "epoch_samples=100000"], "epoch_samples=100000"),
         (["--samples", "50000", "--epochs", "3"], "both"),
         (["image_size=0"], "image_size"),
         (["image_size=null"], "image_size=64"),

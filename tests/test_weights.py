@@ -19,7 +19,7 @@ from glattn.hub.card import read_record
 from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.weights import HUB, check_digest, source_overlay
 from glattn.training.classifier import open_checkpoint
-from glattn.training.fractals import SAMPLES
+from glattn.training.config import TrainConfig, read_recipe
 from glattn.training.pretrain import FractalSource
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,7 +122,8 @@ def test_the_record_is_of_enough_pictures_and_its_card_says_so():
         with (folder / "metrics.csv").open(newline="") as file:
             epochs = list(csv.DictReader(file))
         top1 = [float(epoch["top1"]) for epoch in epochs]
-        assert record.seen == SAMPLES * (1 + top1.index(max(top1)))  # what is carried is of the best epoch
+        samples = read_recipe(folder / "config.yaml").get("epoch_samples", TrainConfig.epoch_samples)
+        assert record.seen == samples * (1 + top1.index(max(top1)))  # what is carried is of the best epoch
         seen += record.seen
         assert f"{record.seen:,}" in card
         assert str(record.environment["commit"]) in card

@@ -38,6 +38,7 @@ class TrainConfig:
     )
     train_split: str = option("train", "name of the training split")
     val_split: str = option("validation", "name of the validation split (a folder val/ or validation/)")
+    epoch_samples: int = option(50_000, "with dataset=fractals: training pictures of an epoch")
     instances: int = option(1, "with dataset=fractals: a training picture shows 1 to so many fractals")
     val_fraction: float = option(0.2, "share held out, stratified and seeded, where there is no validation split")
     partial_val: bool = option(False, "allow classes without validation images")
@@ -138,6 +139,10 @@ class TrainConfig:
             raise ValueError(f"resume={self.resume!r}: allowed is 'auto' or nothing")
         if self.instances > 1 and self.dataset != "fractals":
             raise ValueError(f"instances={self.instances}: only pictures of dataset=fractals show several classes")
+        if self.epoch_samples != type(self).epoch_samples and self.dataset != "fractals":
+            raise ValueError(
+                f"epoch_samples={self.epoch_samples}: only fractals, dataset=fractals, are as many as asked"
+            )
         if not self.teacher:
             for name in OF_TEACHER:
                 if getattr(self, name) != getattr(type(self), name):
@@ -201,7 +206,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("instances", 1, 16),
     ("crop_scale crop_ratio crop_pct", 0.01, 1),
     ("ema_decay layer_decay", 0, 1),
-    ("epochs batch_size accumulate keep image_size early_stop", 1, _LARGEST),
+    ("epochs epoch_samples batch_size accumulate keep image_size early_stop", 1, _LARGEST),
     ("lr clip_grad distill_temperature", 1e-12, _LARGEST),
     ("min_lr warmup_lr warmup_epochs weight_decay checkpoint_minutes", 0, _LARGEST),
     ("workers", 0, 1024),

@@ -181,7 +181,7 @@ def open_fractals(config: TrainConfig) -> tuple[FractalSource, FractalSource]:
     if config.instances > 1 and (config.loss != "cross_entropy" or config.mixup or config.cutmix):
         raise ValueError(f"instances={config.instances} needs loss=cross_entropy, mixup=0 and cutmix=0")
     return (
-        FractalSource.of(fractals.SAMPLES, fixed=False, side=config.image_size, instances=config.instances),
+        FractalSource.of(config.epoch_samples, fixed=False, side=config.image_size, instances=config.instances),
         FractalSource.of(fractals.HELD_OUT, fixed=True, side=config.image_size),
     )
 
@@ -189,7 +189,7 @@ def open_fractals(config: TrainConfig) -> tuple[FractalSource, FractalSource]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments: those of ``glattn train``, and how long."""
     command.add_arguments(parser)
-    text = f"pictures to train on, a multiple of an epoch's {fractals.SAMPLES} (2000000, or the recipe's epochs)"
+    text = "pictures to train on, a multiple of epoch_samples (2000000, or the recipe's epochs)"
     parser.add_argument("--samples", type=int, help=text)
     recipe = " ".join(f"{key}={value}" for key, value in RECIPE.items())
     parser.epilog = f"defaults here, over those below: {recipe}\n\n{parser.epilog}"
@@ -204,9 +204,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.samples is None:
         return command.run(args, RECIPE)
-    if args.samples < 1 or args.samples % fractals.SAMPLES:
-        raise ValueError(f"--samples {args.samples}: give a multiple of an epoch, {fractals.SAMPLES}")
+    if args.samples < 1 or args.samples % config.epoch_samples:
+        raise ValueError(f"--samples {args.samples}: give a multiple of epoch_samples={config.epoch_samples}")
     if args.epochs is not None or any(text.startswith("epochs=") for text in args.overrides):
         raise ValueError("--samples and epochs both say how long; give one of them")
-    args.epochs = str(args.samples // fractals.SAMPLES)
+    args.epochs = str(args.samples // config.epoch_samples)
     return command.run(args, RECIPE)
