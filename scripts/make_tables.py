@@ -154,10 +154,12 @@ def speed(*sizes: str) -> str:
             found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = row
     head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8", "training, batch 8")
     rows = []
+    shares = [float(cases["infer 8"]["share_of_matmul"] or 0) for cases in found.values()]
+    share = ".0%" if max(shares) > 0.1 else ".1%"
     for name, cases in sorted(found.items(), key=lambda item: -float(item[1]["infer 8"]["ratio"] or 0)):
         bold = "**" if name.startswith("glattn") else ""
         columns = (("infer 8", "params_m", ".1f"), ("infer 8", "gmacs", ".2f"), ("infer 1", "ratio", ".2f"),
-                   ("infer 8", "ratio", ".2f"), ("infer 8", "share_of_matmul", ".0%"),
+                   ("infer 8", "ratio", ".2f"), ("infer 8", "share_of_matmul", share),
                    ("train 8", "ratio", ".2f"))  # fmt: skip
         values = [(cases.get(case, {}).get(field), form) for case, field, form in columns]
         cells = [format(float(value), form) if value else "" for value, form in values]

@@ -494,7 +494,7 @@ def test_cases_are_the_product_and_the_sweep():
 @pytest.mark.compile
 def test_compiled_steps_run():
     for task in ("infer", "train"):
-        for ready in prepare("test_resnet", Case(task, "fp32", "compile", 1, 32), CPU):
+        for ready in prepare("test_resnet", Case(task, "fp32", "compile", 2, 32), CPU):
             ready.step()
 
 
