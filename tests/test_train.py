@@ -385,6 +385,8 @@ def test_mistakes_in_recipes_name_the_recipe(tmp_path, capsys):
         ("epocs: 3", f"unknown key 'epocs' in {recipe}; did you mean 'epochs'?"),
         ("- a\n- b", "a recipe is a list of `key: value` lines"),
         ("lr: [", "is no YAML"),
+        ("lr: 1\nepochs: 3\nlr: 2", f"{recipe} says 'lr' twice"),
+        ("model_args:\n  head_dim: 16\n  head_dim: 32", f"{recipe} says 'head_dim' twice"),
         ("seed: 2020-13-45", f"{recipe} is no YAML: month must be in 1..12"),
     ):
         recipe.write_text(text)

@@ -231,19 +231,31 @@ def read_recipe(path: Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no YAML, or no list of keys.
+        ValueError: It is no YAML, no list of keys, or says a key twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no recipe {str(path)!r}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a list of `key: value` lines")
+    if twice := _said_twice(node):
+        raise ValueError(f"{path} says {twice!r} twice; keep one of the lines")
     return values
+
+
+def _said_twice(node: yaml.Node | None) -> str:
+    """Return a key that a mapping, or one in it, holds again: YAML takes the last; "" if there is none."""
+    if not isinstance(node, yaml.MappingNode):
+        return ""
+    names = [str(key.value) for key, _ in node.value]
+    again = [name for number, name in enumerate(names) if name in names[:number]]
+    return next(iter(again + [found for _, value in node.value if (found := _said_twice(value))]), "")
 
 
 def _check_name(name: str, where: str) -> None:
