@@ -36,6 +36,7 @@ from glattn.training.data import make_loader, open_sources
 from glattn.training.digits import write_digits
 from glattn.training.distributed import start_accelerator
 from glattn.training.loop import Trainer, make_scheduler
+from glattn.training.validation import Predictions
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 QUICK = {
@@ -653,6 +654,30 @@ def test_early_stop(trainer, capsys):
     t.run()
     assert t.progress.epoch == 3
     assert "stopped early: no better top-1 for 2 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("metric", "kept", "said"), [("top1", 1, "top-1"), ("loss", 2, "validation loss")])
+def test_the_epoch_kept_is_the_best_by_the_metric_asked_for(trainer, monkeypatch, capsys, metric, kept, said):
+    found = iter([(90.0, 1.0), (80.0, 0.5), (70.0, 0.8), (60.0, 0.7), (50.0, 0.9)])
+    measured = Predictions.metrics
+
+    def metrics(self):
+        return measured(self) | shown
+
+    t = trainer(epochs=5, eval_metric=metric, early_stop=2)
+    monkeypatch.setattr(Predictions, "metrics", metrics)
+    validate = t.validate
+
+    def validated():
+        nonlocal shown
+        shown = dict(zip(("top1", "loss"), next(found), strict=True))
+        return validate()
+
+    shown, t.validate, t.train_epoch = {}, validated, lambda: 1.0
+    folder = t.run()
+    assert t.progress.best["epoch"] == json.loads((folder / "best" / "metrics.json").read_text())["epoch"] == kept
+    assert t.progress.epoch == kept + 2
+    assert f"no better {said} for 2 epochs" in capsys.readouterr().out
 
 
 def test_divergence_is_said(trainer):

@@ -116,14 +116,17 @@ def test_they_know_fractals_that_they_have_not_seen():
 
 def test_the_record_is_of_enough_pictures_and_its_card_says_so():
     card, seen = (RECORD / "README.md").read_text(), 0
-    for folder in (RECORD, RECORD / "before", RECORD / "before" / "before"):  # the run, and those that it went on from
+    folders = sorted(path.parent for path in RECORD.rglob("config.yaml"))  # of the run, and those that it went on from
+    for folder in folders:
         record = read_record(folder)
         assert record.dataset == "fractals"
         with (folder / "metrics.csv").open(newline="") as file:
             epochs = list(csv.DictReader(file))
-        top1 = [float(epoch["top1"]) for epoch in epochs]
-        samples = read_recipe(folder / "config.yaml").get("epoch_samples", TrainConfig.epoch_samples)
-        assert record.seen == samples * (1 + top1.index(max(top1)))  # what is carried is of the best epoch
+        config = TrainConfig(**read_recipe(folder / "config.yaml"))
+        loss = config.eval_metric == "loss"
+        scores = [-float(epoch["val_loss"]) if loss else float(epoch["top1"]) for epoch in epochs]
+        best = 1 + scores.index(max(scores))  # what is carried is of the best epoch
+        assert record.seen == config.epoch_samples * best
         seen += record.seen
         assert f"{record.seen:,}" in card
         assert str(record.environment["commit"]) in card

@@ -60,8 +60,9 @@ def read_record(run: Path) -> Record:
     config: dict[str, Any] = _read(run / "config.yaml", yaml.safe_load) or {}
     rows: list[Any] = _read(run / "metrics.csv", lambda text: list(csv.DictReader(text.splitlines()))) or []
     metrics: dict[str, float] = _read(run / "best" / "metrics.json", json.loads) or {}
-    top1 = [float(row["top1"]) for row in rows if row.get("top1")]
-    seen = int(metrics.get("epoch") or (top1.index(max(top1)) + 1 if top1 else len(rows)))
+    loss = config.get("eval_metric") == "loss"
+    scores = [-float(row["val_loss"]) if loss else float(row["top1"]) for row in rows if row.get("top1")]
+    seen = int(metrics.get("epoch") or (scores.index(max(scores)) + 1 if scores else len(rows)))
     command = environment.pop("command", None) or environment.pop("argv", None)
     per_epoch = int(environment.pop("images_per_epoch", 0))
     dataset = config.get("dataset")

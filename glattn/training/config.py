@@ -121,7 +121,10 @@ class TrainConfig:
     resume: str = option("", "auto: go on from the run folder's last good checkpoint, if any; empty: start anew")
     keep: int = option(2, "training checkpoints kept")
     checkpoint_minutes: float = option(15.0, "time between checkpoints within an epoch, minutes (one ends each epoch)")
-    early_stop: int | None = option(None, "epochs without a better top-1 before stopping; null: never")
+    eval_metric: Literal["top1", "loss"] = option(
+        "top1", "the epoch kept in best/: of the highest top-1, or of the lowest validation loss"
+    )
+    early_stop: int | None = option(None, "epochs without a better one before stopping; null: never")
     tracker: str = option("auto", "accelerate tracker (tensorboard, wandb, ...), none; auto: tensorboard if installed")
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ from glattn.training.validation import Predictions, predict_all
 # the images that they name are compared themselves
 _FREE = {
     "run", "resume", "data", "val_split", "workers", "device", "keep", "checkpoint_minutes", "tracker", "epochs",
-    "early_stop",
+    "early_stop", "eval_metric",
 }  # fmt: skip
 
 
@@ -290,7 +290,7 @@ class Trainer:
         """Report an epoch, export its model if it is the best so far, and save."""
         progress = self.progress
         row = progress.rows[-1]
-        best = progress.best is None or row["top1"] > progress.best["top1"]
+        best = progress.best is None or self.score(row) > self.score(progress.best)
         progress.bad = sorted(set(progress.bad).union(*gather_object([progress.bad])))
         self.say(
             f"epoch {row['epoch']}/{self.config.epochs}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
@@ -348,12 +348,17 @@ class Trainer:
         if not math.isfinite(loss):
             raise ValueError(f"the {name} is {loss} in epoch {self.progress.epoch + 1}: lower lr, or train in fp32")
 
+    def score(self, row: dict[str, Any]) -> float:
+        """Return how good an epoch is, by `eval_metric`."""
+        return float(-row["val_loss"] if self.config.eval_metric == "loss" else row["top1"])
+
     def stale(self) -> bool:
-        """Whether top-1 has not risen for as many epochs as `early_stop` allows."""
+        """Whether no epoch was better for as many as `early_stop` allows."""
         best, patience = self.progress.best, self.config.early_stop
         stop = bool(patience and best and self.progress.epoch - best["epoch"] >= patience)
         if stop:
-            self.say(f"stopped early: no better top-1 for {patience} epochs")
+            metric = {"top1": "top-1", "loss": "validation loss"}[self.config.eval_metric]
+            self.say(f"stopped early: no better {metric} for {patience} epochs")
         return stop
 
     def checkpoint_due(self) -> bool:
