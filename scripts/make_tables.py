@@ -501,6 +501,7 @@ def results() -> str:
         "widths": widths(),
         **{folder: searched(folder) for folder in ("designs", "slimmer")},
         **{folder: transfer(folder) for folder in ("transfer", "transfer-peers")},
+        "transfer-more": transfer("in-place/transfer"),
         "pretraining": pretraining("transfer-peers"),
     }
     for name, table in tables.items():
