@@ -136,6 +136,15 @@ def test_the_record_is_of_enough_pictures_and_its_card_says_so():
         assert said in card
 
 
+@pytest.mark.parametrize(("metric", "best"), [("top1", 1), ("loss", 3)])
+def test_a_record_without_its_weights_counts_up_to_the_epoch_that_was_kept(tmp_path, metric, best):
+    (tmp_path / "config.yaml").write_text(f"eval_metric: {metric}\n")
+    (tmp_path / "environment.json").write_text('{"images_per_epoch": 100}')
+    rows = "1,1.0,90,10\n2,0.8,80,10\n3,0.5,85,10\n4,0.6,70,10\n"
+    (tmp_path / "metrics.csv").write_text("epoch,val_loss,top1,images_per_second\n" + rows)
+    assert read_record(tmp_path).seen == 100 * best
+
+
 @WAYS
 @pytest.mark.parametrize("name", ["glattn_tiny", "test_glattn"])
 def test_a_variant_without_weights_says_so_in_one_line(create, name, hub_client):
