@@ -60,8 +60,7 @@ def read_record(run: Path) -> Record:
     config: dict[str, Any] = _read(run / "config.yaml", yaml.safe_load) or {}
     rows: list[Any] = _read(run / "metrics.csv", lambda text: list(csv.DictReader(text.splitlines()))) or []
     metrics: dict[str, float] = _read(run / "best" / "metrics.json", json.loads) or {}
-    loss = config.get("eval_metric") == "loss"
-    scores = [-float(row["val_loss"]) if loss else float(row["top1"]) for row in rows if row.get("top1")]
+    scores = [epoch_score(row, config.get("eval_metric", "top1")) for row in rows if row.get("top1")]
     seen = int(metrics.get("epoch") or (scores.index(max(scores)) + 1 if scores else len(rows)))
     command = environment.pop("command", None) or environment.pop("argv", None)
     per_epoch = int(environment.pop("images_per_epoch", 0))
@@ -81,6 +80,11 @@ def read_record(run: Path) -> Record:
         seed=config.get("seed"),
         curve=run / CURVE if (run / CURVE).is_file() else None,
     )
+
+
+def epoch_score(row: Mapping[str, Any], metric: str) -> float:
+    """Return how good an epoch is, a row of metrics.csv, by the training's ``eval_metric``: the best is kept."""
+    return -float(row["val_loss"]) if metric == "loss" else float(row["top1"])
 
 
 def _read(path: Path, parse: Any) -> Any:

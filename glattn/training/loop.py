@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from glattn.files import plain, write_text
+from glattn.hub.card import epoch_score
 from glattn.training import build, checkpoint, data, run_folder
 from glattn.training.config import OF_TEACHER, TrainConfig
 from glattn.training.distributed import convert_batch_norm, start_accelerator
@@ -290,7 +291,8 @@ class Trainer:
         """Report an epoch, export its model if it is the best so far, and save."""
         progress = self.progress
         row = progress.rows[-1]
-        best = progress.best is None or self.score(row) > self.score(progress.best)
+        metric = self.config.eval_metric
+        best = progress.best is None or epoch_score(row, metric) > epoch_score(progress.best, metric)
         progress.bad = sorted(set(progress.bad).union(*gather_object([progress.bad])))
         self.say(
             f"epoch {row['epoch']}/{self.config.epochs}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
@@ -347,10 +349,6 @@ class Trainer:
         """Raise before what is no number any more replaces the checkpoints that are."""
         if not math.isfinite(loss):
             raise ValueError(f"the {name} is {loss} in epoch {self.progress.epoch + 1}: lower lr, or train in fp32")
-
-    def score(self, row: dict[str, Any]) -> float:
-        """Return how good an epoch is, by `eval_metric`."""
-        return float(-row["val_loss"] if self.config.eval_metric == "loss" else row["top1"])
 
     def stale(self) -> bool:
         """Whether no epoch was better for as many as `early_stop` allows."""
