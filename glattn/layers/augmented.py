@@ -14,11 +14,11 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from glattn.layers.conv import ConvNorm, MultiScaleConv, num_groups
-from glattn.layers.layout import upsample
+from glattn.layers.layout import unpool
 from glattn.layers.position import at_least_two, precise
 from glattn.layers.tracing import sizes_are_known
 
-torch.fx.wrap("upsample")  # torch.fx looks for wrapped functions by the file that calls them
+torch.fx.wrap("unpool")  # torch.fx looks for wrapped functions by the file that calls them
 
 
 @torch.fx.wrap
@@ -128,5 +128,5 @@ class AugmentedConv(nn.Module):
         attn = F.scaled_dot_product_attention(q, k, v, attn_mask=logits).transpose(1, 2).flatten(2)
         attn = self.proj(attn.transpose(1, 2).reshape(-1, self.attn_dim, height, width))
         if self.stride > 1:
-            attn = upsample(attn, x.shape[2], x.shape[3])
+            attn = unpool(attn, self.stride, x.shape[2], x.shape[3])
         return attn
