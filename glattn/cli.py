@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 
 # subcommand -> (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
@@ -26,8 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status: 0 done, 1 the user's input or data is at fault, 130 interrupted.
 
-    A ``ValueError`` or ``OSError`` that a command raises is printed as one line on standard error; anything
-    else is a defect of ours and keeps its traceback.
+    A ``ValueError`` or ``OSError`` that a command raises, and memory that does not suffice, are one line on standard
+    error; anything else is a defect of ours and keeps its traceback.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by some daemons
@@ -51,7 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"glattn {args.command}: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        advice = "out of memory; give fewer images at a time, smaller ones or a smaller model."
+        said = textwrap.shorten(f"{advice} {error}", 240, placeholder=" ...")
+        print(f"glattn {args.command}: {said}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"glattn {args.command}: interrupted", file=sys.stderr)
         return 130
     return status
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether Python, torch on the CPU or an accelerator's allocator found no memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
+        or "can't allocate memory" in str(error)
+    )

@@ -152,7 +152,8 @@ def test_what_it_refuses_is_one_line(ours, timms, photo, tmp_path, capsys):
     assert "config.json" in fail(capsys, photo, "--model", f"local-dir:{tmp_path}")
     assert "neither config.json" in fail(capsys, photo, "--model", tmp_path)
     assert "--top 0" in fail(capsys, photo, "--model", ours, "--top", 0)
-    assert "--size 0" in fail(capsys, photo, "--model", ours, "--size", 0)
+    for size in (0, 100_000):
+        assert f"--size {size}: 1 to" in fail(capsys, photo, "--model", ours, "--size", size)
     assert "--device" in fail(capsys, photo, "--model", ours, "--device", "abacus")
     assert ".png" in fail(capsys, photo, "--model", ours, "--draw", tmp_path / "seen.gif")
     assert "does not exist" in fail(capsys, photo, "--model", ours, "--draw", tmp_path / "none" / "seen.png")

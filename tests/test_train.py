@@ -314,6 +314,7 @@ MISTAKES = {
     "drop_rate=1.5": "drop_rate=1.5 is out of range: allowed is 0 to 1",
     "batch_size=0": "batch_size=0 is out of range",
     "workers=99999999999": "workers=99999999999 is out of range: allowed is 0 to 1024",
+    "image_size=100000": "image_size=100000 is out of range",
     "warmup_epochs=.inf": "warmup_epochs=inf is out of range",
     "color_jitter=.inf": "color_jitter=inf is out of range",
     "optimizer_args.betas=[0.9]": "optimizer='adamw'",
@@ -407,6 +408,27 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr("glattn.training.loop.train", interrupted)
     assert main(["train", "--data", "anything"]) == 130
     assert "--resume auto" in capsys.readouterr().err
+
+
+def _not_on_an_accelerator(config):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    "fill", [lambda config: torch.empty(2**60), lambda config: bytes(2**60), _not_on_an_accelerator]
+)
+def test_memory_that_does_not_suffice_is_one_line_with_advice(fill, monkeypatch, capsys):
+    monkeypatch.setattr("glattn.training.loop.train", fill)
+    assert main(["train", "--data", "anything"]) == 1
+    said = capsys.readouterr().err
+    assert "glattn train: out of memory; give fewer images at a time" in said
+    assert said.count("\n") == 1, said
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("glattn.training.loop.train", lambda config: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        main(["train", "--data", "anything"])
 
 
 def test_keys_stand_before_between_and_behind_options(monkeypatch, capsys):

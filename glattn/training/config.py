@@ -202,6 +202,7 @@ class TrainConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
+LARGEST_SIDE = 8192  # of an image, pixels: Pillow takes twice the area for an attack
 _LARGEST = 1e15  # of what has no other bound; what is infinite fails later, or never begins
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("drop_rate drop_path_rate label_smoothing hflip vflip random_erase mixup_prob distill_weight", 0, 1),
@@ -209,7 +210,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("instances", 1, 16),
     ("crop_scale crop_ratio crop_pct", 0.01, 1),
     ("ema_decay layer_decay", 0, 1),
-    ("epochs epoch_samples batch_size accumulate keep image_size early_stop", 1, _LARGEST),
+    ("epochs epoch_samples batch_size accumulate keep early_stop", 1, _LARGEST),
+    ("image_size", 1, LARGEST_SIDE),
     ("lr clip_grad distill_temperature", 1e-12, _LARGEST),
     ("min_lr warmup_lr warmup_epochs weight_decay checkpoint_minutes", 0, _LARGEST),
     ("workers", 0, 1024),

@@ -45,9 +45,10 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def open_classifier(args: argparse.Namespace) -> Classifier:
     """Open the checkpoint that the arguments ask for, on their device; a process on the CPU keeps freed memory then."""
     from glattn.training.classifier import open_checkpoint
+    from glattn.training.config import LARGEST_SIDE
 
-    if args.size is not None and args.size < 1:
-        raise ValueError(f"--size {args.size}: at least 1 pixel")
+    if args.size is not None and not 1 <= args.size <= LARGEST_SIDE:
+        raise ValueError(f"--size {args.size}: 1 to {LARGEST_SIDE} pixels")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         raise ValueError(f"--crop-pct {args.crop_pct}: more than 0, and 1 at most")
     device = choose_device(args.device)
