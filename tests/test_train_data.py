@@ -83,6 +83,15 @@ def test_every_mode_reads_as_the_same_rgb(kind, tolerance, tmp_path):
         assert np.abs(np.asarray(image)[..., channel].astype(int) - expected).max() <= tolerance
 
 
+def test_pixels_that_are_no_number_are_black_and_leave_the_others_as_they_are(tmp_path):
+    values = RAMP.astype(np.float32) / 255
+    values[0, :3] = np.nan, np.inf, -np.inf
+    Image.fromarray(values).save(tmp_path / "image.tif")
+    expected = RAMP.astype(int)
+    expected[0, :3] = 0
+    assert np.abs(np.asarray(read_image(tmp_path / "image.tif"))[..., 0] - expected).max() <= 1
+
+
 def bad_crc(path):
     # a flipped byte in a PNG's pixels
     whole = bytearray(path.read_bytes())

@@ -23,8 +23,8 @@ class BadImageError(ValueError):
 def read_image(source: str | Path | IO[bytes] | Image.Image) -> Image.Image:
     """Read one image as 8-bit RGB.
 
-    16-bit and float images are scaled, not clipped; what is transparent shows white; of an animation, the
-    first frame is taken. Truncated files are bad.
+    16-bit and float images are scaled, not clipped, and pixels that are no finite number are black; what is
+    transparent shows white; of an animation, the first frame is taken. Truncated files are bad.
 
     Raises:
         BadImageError: It cannot be decoded; the message says why, in one line.
@@ -43,6 +43,7 @@ def read_image(source: str | Path | IO[bytes] | Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
+        values = np.where(np.isfinite(values), values, 0.0)
         # without a declared range, the usual ones: 0..1, 8 bits, 16 bits
         top = 65535.0 if image.mode.startswith("I;16") else next(
             (t for t in (1.0, 255.0, 65535.0) if values.max(initial=0) <= t), float(values.max(initial=1)))  # fmt: skip
