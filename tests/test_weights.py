@@ -243,6 +243,23 @@ def test_timms_own_loader_takes_any_file_by_the_familys_filter(tmp_path):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in mine.state_dict().items())
 
 
+def test_another_mechanism_starts_from_what_it_shares_with_them(tmp_path):
+    other = {"position": "rope", "num_classes": 3}
+    with pytest.raises(ValueError, match=r"keys are not in this model; .* made with position='conv'"):
+        timm.create_model("glattn_atto", pretrained=True, **other)
+    theirs = timm.create_model("glattn_atto", pretrained=True).state_dict()
+    model = timm.create_model("glattn_atto", pretrained=True, pretrained_strict=False, **other)
+    mine = model.state_dict()
+    assert set(mine) < set(theirs)
+    assert all(torch.equal(value, theirs[key]) for key, value in mine.items() if not key.startswith("head."))
+    push(model, "org/mine", dry_run=tmp_path)
+    save_file(theirs, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="keys are not in this model"):  # the pushed model is loaded strictly again
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    with pytest.raises(ValueError, match=r"has shape"):
+        timm.create_model("glattn_atto", pretrained=True, pretrained_strict=False, dims=(32, 64, 160, 512))
+
+
 def test_no_path_of_theirs_travels_on(tmp_path):
     push(timm.create_model("glattn_atto", pretrained=True, num_classes=3), "org/mine", dry_run=tmp_path)
     assert str(ROOT) not in (tmp_path / "config.json").read_text()

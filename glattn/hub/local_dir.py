@@ -29,7 +29,9 @@ def save_config(
     described = {"label_names": list(label_names)} if label_names is not None else {}
     save_config_for_hf(model, str(path), model_config=described, data_config=data_config)
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    # said at the root already; transformers' wrapper gives it beside the model_args, and would give it twice
-    config.get("model_args", {}).pop("num_classes", None)
+    # the first is said at the root already: transformers' wrapper gives it beside the model_args, and would give it
+    # twice; the other was about what the model was started from, and these weights are to be whole
+    for name in ("num_classes", "pretrained_strict"):
+        config.get("model_args", {}).pop(name, None)
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     return config

@@ -36,6 +36,7 @@ def checkpoint_filter_fn(
     *,
     named: bool = False,
     features_only: bool = False,
+    strict: bool = True,
     cache_dir: str | Path | None = None,
 ) -> dict[str, Tensor]:
     """Return the checkpoint's tensors, ready for timm to adapt and load, or say in one line why they are not.
@@ -48,6 +49,7 @@ def checkpoint_filter_fn(
         model: The model to be filled, whole: timm cuts it down for ``features_only`` after loading.
         named: The file is the one that the model's ``pretrained_cfg`` names; its digest is checked.
         features_only: The classifier is not wanted, so its shape does not matter.
+        strict: Refuse keys that are missing or unexpected (``pretrained_strict``); timm warns of them otherwise.
         cache_dir: Where the Hub's files are kept, if not in the Hub's own cache.
 
     Raises:
@@ -63,7 +65,7 @@ def checkpoint_filter_fn(
         if hasattr(module, "resize_state"):
             module.resize_state(tensors, f"{name}." if name else "")
     adapted = _take_source_sizes(tensors, model, cfg, features_only)
-    _check_against(tensors, model, source, adapted, _difference(model, cfg, path))
+    _check_against(tensors, model, source, adapted, _difference(model, cfg, path), strict)
     return tensors
 
 
@@ -100,9 +102,9 @@ def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _check_against(
-    tensors: Mapping[str, Tensor], model: nn.Module, source: str, adapted: set[str], difference: str
+    tensors: Mapping[str, Tensor], model: nn.Module, source: str, adapted: set[str], difference: str, strict: bool
 ) -> None:
-    """Raise a ``ValueError`` unless keys, shapes and kinds of number are the model's, but for ``adapted``."""
+    """Raise a ``ValueError`` unless keys (if ``strict``), shapes and kinds are the model's, but for ``adapted``."""
     expected = model.state_dict()
 
     def refuse(key: str, what: str) -> ValueError:
@@ -115,7 +117,7 @@ def _check_against(
         if key not in tensors and key not in adapted and not key.endswith("num_batches_tracked")
     ]
     unexpected = [key for key in tensors if key not in expected and key not in adapted]
-    for what, keys in (("missing", missing), ("not in this model", unexpected)):
+    for what, keys in (("missing", missing), ("not in this model", unexpected)) if strict else ():
         if len(keys) == 1:
             raise refuse(keys[0], f"is {what}")
         if keys:

@@ -336,6 +336,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
                 checkpoint_filter_fn,
                 named=True,
                 features_only=kwargs.get("features_only", False),
+                strict=kwargs.get("pretrained_strict", True),
                 cache_dir=kwargs.get("cache_dir"),
             ),
             **kwargs,
