@@ -19,6 +19,7 @@ from run_proxies import digest_of, unpack
 from transfer import TASKS, start_digest
 
 from glattn.benchmark.contestant import split_options
+from glattn.benchmark.rows import places
 from glattn.files import write_text
 from glattn.hub.card import model_card, read_record
 from glattn.hub.local_dir import save_config
@@ -137,12 +138,7 @@ def read(name: str) -> list[dict[str, str]]:
 
 def place(rows: Iterable[dict[str, str]]) -> str:
     """Return the machines that rows were measured on, a line to stand below their table."""
-    machines = dict.fromkeys((row["device"], row["threads"], row["machine"], row["capability"]) for row in rows)
-    names = (
-        name if device == "cuda" else f"{threads} threads of {name}" + (f" ({kind})" if kind else "")
-        for device, threads, name, kind in machines
-    )  # fmt: skip
-    return f"\n\nOn {', '.join(names)}."
+    return f"\n\nOn {places(rows)}."
 
 
 def speed(*sizes: str) -> str:

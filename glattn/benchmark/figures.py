@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from glattn.benchmark.rows import Row
+from glattn.benchmark.rows import Row, places
 from glattn.training.figures import save_figure
 
 _OURS, _THEIRS = "#b91c1c", "#475569"
@@ -60,6 +60,7 @@ def draw_speed(folder: Path, rows: Sequence[Row]) -> Path | None:
         axes.set_xlabel("parameters, millions")
         axes.set_ylabel("images a second (quartiles of the rounds)")
         axes.grid(alpha=0.3, which="both")
+    figure.suptitle(f"on {places(rows)}", fontsize=10)
     return save_figure(figure, folder / "speed.png")
 
 
@@ -120,4 +121,5 @@ def draw_scaling(folder: Path, rows: Sequence[Row]) -> Path | None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.suptitle(f"on {places(rows)}", fontsize=10)
     return save_figure(figure, folder / "scaling.png")

@@ -34,6 +34,15 @@ def same_place(rows: Iterable[Row], about: Row) -> list[Row]:
     return [row for row in rows if all(row[name] == about[name] for name in _PLACE)]
 
 
+def places(rows: Iterable[Row]) -> str:
+    """Return the machines that rows were measured on, in words."""
+    found = dict.fromkeys((row["device"], row["threads"], row["machine"], row["capability"]) for row in rows)
+    return ", ".join(
+        name if device == "cuda" else f"{threads} threads of {name}" + (f" ({kind})" if kind else "")
+        for device, threads, name, kind in found
+    )
+
+
 def read(path: Path) -> list[Row]:
     """Return a file's rows.
 
