@@ -203,7 +203,7 @@ class FoldedConv(nn.Conv2d):
     """
 
     __jit_ignored_attributes__ = ("_prepared", "_seen")
-    _prepared: tuple[Any, onednn.Convolve, int, Any] | None = None
+    _prepared: tuple[Any, Any, onednn.Convolve, int, Any] | None = None
     _seen: Any = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
@@ -212,7 +212,7 @@ class FoldedConv(nn.Conv2d):
             if onednn.takes(input):
                 convolve = self.prepared(input)
                 if convolve is not None:
-                    return convolve(input, self.bias)
+                    return convolve(input)
         if self.is_product():
             return pointwise(input, self.weight, self.bias)
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
@@ -226,35 +226,37 @@ class FoldedConv(nn.Conv2d):
     @torch.jit.ignore
     def prepared(self, x: Tensor) -> onednn.Convolve | None:
         """Return what convolves this map with this weight, made where the last is of others; None if nothing is to."""
-        weight, product = self.weight, self.is_product()
+        parameters = self._parameters  # self.weight takes eight times as long to be found
+        if "weight" not in parameters or "bias" not in parameters:  # made at each call, as torch's pruning does
+            return None
+        weight, bias = parameters["weight"], parameters["bias"]
         if type(weight) is not nn.Parameter or weight.is_inference():  # it does not count its changes
             return None
+        of, made = self.key(weight, bias, x.dtype), self._prepared
+        if made is not None and made[0] != of:
+            made = None
+        product = self.is_product() if made is None else isinstance(made[1], int)
         if product and x.numel() * weight.shape[0] < _LEAST:
             return None
-        of, made = self.key(x.shape[1] if product else x.shape, x.dtype), self._prepared
-        if made is None or made[0] != of:
+        shape = x.shape[1] if product else x.shape
+        if made is None or made[1] != shape:
             if not self.can_be_laid_out(x):
                 return None
-            if not product and self._seen != of:
-                self._seen = of
+            if not product and self._seen != (of, shape):
+                self._seen = of, shape
                 return None
             convolve, size = onednn.prepare(self, x.shape, product)
             # weight and bias are held on to, so that no others get their places in memory
-            self._prepared = made = of, convolve, size, (weight, weight.detach(), self.bias)
-        return made[1]
+            self._prepared = made = of, shape, convolve, size, (weight, weight.detach(), bias)
+        return made[2]
 
     @torch.jit.ignore
-    def key(self, shape: Any, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Return what tells this convolution, of such maps, from any other that it may become."""
-        weight, bias = self.weight, self.bias
-        return (
-            shape,
-            dtype,
-            (id(weight), weight.data_ptr(), weight._version, weight.shape, weight.stride()),
-            weight.requires_grad and _steps,
-            bias if bias is None else (id(bias), bias.shape, bias.stride()),
-            (self.stride, self.padding, self.dilation, self.groups, self.padding_mode),
-        )
+    def key(self, weight: nn.Parameter, bias: Tensor | None, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Return what tells this convolution, of maps of a type, from any other that it may become."""
+        tensors = (id(weight), weight.data_ptr(), weight._version, weight.shape, weight.stride())
+        added = bias if bias is None else (id(bias), bias.shape, bias.stride())
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+        return dtype, tensors, weight.requires_grad and _steps, added, geometry
 
     @torch.jit.ignore
     def can_be_laid_out(self, x: Tensor) -> bool:
@@ -270,7 +272,7 @@ class FoldedConv(nn.Conv2d):
     @torch.jit.ignore
     def kept_bytes(self) -> int:
         """Return the bytes of the weight as it is kept laid out."""
-        return 0 if self._prepared is None else self._prepared[2]
+        return 0 if self._prepared is None else self._prepared[3]
 
     def train(self, mode: bool = True) -> "FoldedConv":
         """Set the mode, as torch does."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Convolve = Callable[[Tensor, Tensor | None], Tensor]
+Convolve = Callable[[Tensor], Tensor]
 
 _OPERATORS = (
     "_linear_pointwise",
@@ -41,24 +41,23 @@ def takes(x: Tensor) -> bool:
 
     It is one in channels_last memory and no other; a weight is to be of the same type and its channels to fit.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: the compiler knows none of the others
+        return False
+    if type(x) is not Tensor or _ONEDNN is None or torch.is_grad_enabled() or torch._C._functorch.maybe_current_level():
+        return False
+    shape, strides = x.shape, x.stride()
     return (
-        not torch.compiler.is_compiling()  # first: the compiler knows none of the others
-        and not torch.jit.is_tracing()
-        and type(x) is Tensor
-        and _ONEDNN is not None
-        and not torch.is_grad_enabled()
+        len(shape) == 4
+        and 0 not in shape
+        and strides[1] == 1
+        and strides[3] == shape[1]
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.is_cpu
+        and x.dtype in _DTYPES
         and torch.autograd.forward_ad._current_level < 0
-        and not torch._C._functorch.maybe_current_level()
         and not torch._C._len_torch_dispatch_stack()  # of what counts multiply-adds, say
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_mkldnn_enabled()
-        and x.is_cpu
-        and x.dtype in _DTYPES
-        and x.ndim == 4
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.stride(1) == 1
-        and x.stride(3) == x.shape[1]
     )
 
 
@@ -69,18 +68,19 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def prepare(conv: nn.Conv2d, shape: Sequence[int], product: bool) -> tuple[Convolve, int]:
-    """Return what convolves maps of this shape, given map and bias; and how many bytes it keeps of the weight.
+    """Return what convolves maps of this shape, and how many bytes it keeps of the weight.
 
     A matrix product takes maps of any shape. With its weight laid out for another shape, a convolution of more cells
     than one can take twenty times as long.
     """
+    bias = conv.bias
     if product:
         laid_out = _ONEDNN._reorder_linear_weight(conv.weight.flatten(1))
-        return lambda x, bias: multiply(x, laid_out, bias), _ONEDNN._nbytes(laid_out)
+        return lambda x: multiply(x, laid_out, bias), _ONEDNN._nbytes(laid_out)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
     laid_out = _ONEDNN._reorder_convolution_weight(conv.weight, *geometry, shape)
 
-    def convolve(x: Tensor, bias: Tensor | None) -> Tensor:
+    def convolve(x: Tensor) -> Tensor:
         out: Tensor = _ONEDNN._convolution_pointwise(x, laid_out, bias, *geometry, "none", [], "")
         return out
 
