@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from glattn.benchmark.contestant import capture
 from glattn.cli import main
 from glattn.layers import TABLES
-from glattn.layers.conv import Pointwise
+from glattn.layers.conv2d import Pointwise
 from glattn.training import fractals, pretrain
-from glattn.training.data import TrainingBatches
+from glattn.training.batches import TrainingBatches
 from glattn.training.digits import write_digits
 
 pytestmark = [

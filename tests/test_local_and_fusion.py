@@ -21,7 +21,9 @@ from glattn.layers import (
     MultiScaleConv,
 )
 from glattn.layers.augmented import AugmentedConv, offset_embedding, relative_logits
-from glattn.layers.conv import BatchNorm2d, ConvNorm, Pointwise
+from glattn.layers.conv import ConvNorm
+from glattn.layers.conv2d import Pointwise
+from glattn.layers.norm import BatchNorm2d
 
 DIM = 16
 GROUPS = ["depthwise", "dense", 4]

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glattn.benchmark.cost import count_bytes
 from glattn.layers import onednn
-from glattn.layers.conv import FoldedConv, Pointwise
+from glattn.layers.conv2d import FoldedConv, Pointwise
 
 KINDS = {
     "pointwise": lambda bias=True: Pointwise(192, 160, 1, bias=bias),

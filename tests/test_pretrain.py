@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from glattn.cli import main
 from glattn.training import fractals, pretrain
+from glattn.training.batches import TrainingBatches
 from glattn.training.build import even_shares
-from glattn.training.data import TrainingBatches
 from glattn.training.pretrain import FractalSource
 
 TINY = ("model=test_glattn", "image_size=32", "batch_size=32", "tracker=none", "device=cpu", "workers=0")

@@ -30,9 +30,10 @@ from safetensors.torch import load_file, save_file
 from glattn.cli import main
 from glattn.models.weights import save_weights
 from glattn.training import build, run_folder
+from glattn.training.batches import make_loader
 from glattn.training.command import resolve
 from glattn.training.config import TrainConfig
-from glattn.training.data import make_loader, open_sources
+from glattn.training.data import open_sources
 from glattn.training.digits import write_digits
 from glattn.training.distributed import start_accelerator
 from glattn.training.loop import Trainer, make_scheduler

@@ -17,15 +17,9 @@ from timm.data import create_transform
 
 from glattn.cli import main
 from glattn.training import build
+from glattn.training.batches import TrainingBatches, ValidationBatches, make_loader, seed_everything
 from glattn.training.config import TrainConfig
-from glattn.training.data import (
-    TrainingBatches,
-    ValidationBatches,
-    make_loader,
-    open_folder,
-    open_sources,
-    seed_everything,
-)
+from glattn.training.data import open_folder, open_sources
 from glattn.training.images import BadImageError, find_bad, read_image
 
 RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (16, 1))

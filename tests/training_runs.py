@@ -98,9 +98,9 @@ def die():
 
 def die_in_batch(number):
     """Die after batch `number` of the run has been loaded, before its step."""
-    from glattn.training import data
+    from glattn.training import batches
 
-    seed, seen = data.seed_everything, []
+    seed, seen = batches.seed_everything, []
 
     def seed_everything(*place):
         seen.append(place)
@@ -108,7 +108,7 @@ def die_in_batch(number):
             die()
         seed(*place)
 
-    data.seed_everything = seed_everything
+    batches.seed_everything = seed_everything
 
 
 def die_in_validation(number):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from glattn.layers.conv import FoldedConv
+from glattn.layers.conv2d import FoldedConv
 
 
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:

@@ -10,7 +10,8 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from glattn.layers.conv import BatchNorm2d, Pointwise, StridedConv
+from glattn.layers.conv2d import Pointwise, StridedConv
+from glattn.layers.norm import BatchNorm2d
 
 _CONVS = (nn.Conv2d, Conv2dSame, Pointwise, StridedConv)
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d, BatchNorm2d)

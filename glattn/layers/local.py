@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from glattn.config import MixerConfig
 from glattn.layers.augmented import AugmentedConv
-from glattn.layers.conv import MultiScaleConv, Pointwise, num_groups
+from glattn.layers.conv import MultiScaleConv, num_groups
+from glattn.layers.conv2d import Pointwise
 
 
 def _identity(dim: int, **factory: Any) -> nn.Module:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from glattn.files import plain, write_text
 from glattn.hub.card import epoch_score
-from glattn.training import build, checkpoint, data, run_folder
+from glattn.training import batches, build, checkpoint, data, run_folder
 from glattn.training.config import OF_TEACHER, TrainConfig
 from glattn.training.distributed import convert_batch_norm, start_accelerator
 from glattn.training.validation import Predictions, predict_all
@@ -58,7 +58,7 @@ class Progress:
 class Trainer:
     """One run: what `config` describes, its state, and its folder.
 
-    Everything random is seeded from the place where it is used (see `glattn.training.data`), so the state
+    Everything random is seeded from the place where it is used (see `glattn.training.batches`), so the state
     needs no generator: weights, optimiser, average and `Progress` are all there is.
     """
 
@@ -83,7 +83,7 @@ class Trainer:
             "images": len(self.train_source),
             "digests": [self.train_source.digest(), self.val_source.digest()],
         }
-        data.seed_everything(config.seed)
+        batches.seed_everything(config.seed)
         device = self.accelerator.device
         goes_on = config.resume == "auto" and bool(checkpoint.list_states(self.folder / "checkpoints"))
         self.model = build.build_model(config, len(self.class_names), start=not goes_on)
@@ -115,7 +115,7 @@ class Trainer:
 
     def _make_loaders(self) -> None:
         config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        self.batches = data.TrainingBatches(
+        self.batches = batches.TrainingBatches(
             len(self.train_source), config.batch_size, seed=config.seed, rank=rank, world=world, parts=config.accumulate
         )
         self.steps = self.batches.steps
@@ -123,7 +123,7 @@ class Trainer:
         self.train_loader = self.train_source.loader(
             self.batches, self.data_config, replace=True, **shared, **build.augmentation_of(config)
         )
-        val_batches = data.ValidationBatches(
+        val_batches = batches.ValidationBatches(
             len(self.val_source), max(1, self.batches.batch_size // world), rank=rank, world=world
         )
         self.val_loader = self.val_source.loader(val_batches, self.data_config, **shared)
@@ -217,7 +217,7 @@ class Trainer:
         with self.bar(f"epoch {progress.epoch + 1}/{self.config.epochs}", self.steps * size) as bar:
             bar.update(progress.step * size)
             for number, (images, places) in enumerate(self.train_loader, progress.step * parts):
-                data.seed_everything(self.config.seed, progress.epoch, number, accelerator.process_index)
+                batches.seed_everything(self.config.seed, progress.epoch, number, accelerator.process_index)
                 self.seen.append(places[:, 1:3])
                 classes = torch.cat([places[:, :1], places[:, 3:]], dim=1)
                 images, targets = self.augment(images, classes, progress.epoch)

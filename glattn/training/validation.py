@@ -13,7 +13,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.nn import functional as F
 
-from glattn.training.data import Source, ValidationBatches
+from glattn.training.batches import ValidationBatches
+from glattn.training.data import Source
 
 
 @dataclass(frozen=True)
