@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from glattn.files import one_line
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
@@ -101,7 +103,7 @@ def export(
         try:
             run = kind.write(program, metadata(model, data_config), written)
         except RuntimeError as error:  # what the exporters raise of what they cannot express
-            raise ValueError(f"{to} cannot express this model: {' '.join(str(error).split())[-300:]}") from error
+            raise ValueError(f"{to} cannot express this model: {one_line(error)[-300:]}") from error
         others = [(size[0] + 37, max(size[1] - 51, 40)), (max(size[0] // 2, 40), size[1] + 64)]
         others = others if fixed is None else []
         shapes = [(1, channels, *size), (3, channels, *size), *((2, channels, *other) for other in others)]
@@ -110,7 +112,14 @@ def export(
             image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
             with torch.inference_mode():
                 expected = model(image)
-            off = (run(image) - expected).abs().max().item()
+            try:
+                given = run(image)
+            except RuntimeError as error:
+                hint = "; fix the size with --img-size" if fixed is None else ""
+                raise ValueError(
+                    f"{path} is not written: it does not take {shape}{hint}: {one_line(error)[:300]}"
+                ) from error
+            off = (given - expected).abs().max().item()
             difference = off if not off <= difference else difference  # a NaN stays
             scale = max(scale, expected.abs().max().item())
         if not difference <= tolerance * scale:
@@ -157,7 +166,7 @@ def _capture(model: nn.Module, shape: tuple[int, int, int], free: bool) -> Expor
     except (RuntimeError, ValueError, AssertionError) as error:
         name = type(model).__name__
         hint = "; fix the size with --img-size" if free else ""
-        raise ValueError(f"{name} cannot be exported{hint}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{name} cannot be exported{hint}: {one_line(error)[:300]}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine, which every format would carry on
     return program
@@ -279,14 +288,14 @@ def run(args: argparse.Namespace) -> int:
 
     from glattn.files import user_path
     from glattn.hub import create_model
+    from glattn.hub.local_dir import model_folder
     from glattn.models.weights import missing_weights
 
     if args.img_size is not None and args.img_size < 1:
         raise ValueError(f"--img-size {args.img_size}: at least 1 pixel")
     run_folder = user_path(args.model)
     if run_folder.is_dir():
-        best = run_folder / "best" if (run_folder / "best").is_dir() else run_folder
-        name, pretrained = f"local-dir:{best}", True
+        name, pretrained = f"local-dir:{model_folder(run_folder)}", True
     else:
         name = args.model
         known = get_pretrained_cfg(name) if ":" not in name else None

@@ -46,6 +46,11 @@ def plain(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, `plain`, whole or not at all."""
     with replacing(path) as temporary:

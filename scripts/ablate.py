@@ -61,8 +61,8 @@ DESIGNS: dict[str, list[dict[str, Any]]] = {
     "activation": [{"act_layer": act} for act in ("hard_swish", "gelu")],
 }
 COLUMNS = (
-    "mechanism", "design", "parameters", "gmacs", "times_default_speed", "data", "test_top1", "points", "low", "high",
-    "verdict", "seeds", "settings",
+    "mechanism", "design", "parameters", "gmacs", "times_default_speed", "data", "test_top1", "by_seed", "points",
+    "low", "high", "verdict", "settings",
 )  # fmt: skip
 
 
@@ -86,10 +86,12 @@ def accuracy(args: argparse.Namespace, models: list[str], asked: list[str]) -> t
         if seeds := first.keys() & runs.keys():
             nothing = dict.fromkeys(("points", "low", "high", "verdict"), "")
             difference = proxies.comparison(models[0], model) if model != models[0] else None
-            tests = [float(runs[seed]["test_top1"]) for seed in seeds]
+            tests = [float(runs[seed]["test_top1"]) for seed in sorted(seeds)]
             found[model] = (difference or nothing) | {
-                "test_top1": f"{sum(tests) / len(tests):.2f}", "seeds": str(len(tests)), "settings": proxies.settings,
-            }  # fmt: skip
+                "test_top1": f"{sum(tests) / len(tests):.2f}",
+                "by_seed": " ".join(f"{test:.2f}" for test in tests),
+                "settings": proxies.settings,
+            }
     return found, proxies.failed
 
 
@@ -112,7 +114,10 @@ def speed(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw a line a design, by mechanism: points of accuracy above the first, with the interval, and speed."""
+    """Draw a line a design, by mechanism: points of accuracy above the first, with the interval, and speed.
+
+    Points are of the seeds that both have; how far the first's own are apart is grey.
+    """
     (first, *rows), data = rows, rows[0]["data"]
     figure = Figure(figsize=(12, 1.5 + 0.24 * len(rows)), layout="constrained")
     accuracy_axes, speed_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -126,8 +131,14 @@ def draw(rows: list[Row], path: Path) -> None:
     names = (row["design"].partition("(")[2].removesuffix(")").replace("'", "") for row in rows)
     accuracy_axes.set_yticks(range(len(rows)), names, fontsize=8)
     accuracy_axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
+    seeds = [float(top1) for top1 in first["by_seed"].split()]
+    apart = max(seeds) - min(seeds)
+    accuracy_axes.axvspan(-apart, apart, color="#475569", alpha=0.12, linewidth=0)
     accuracy_axes.axvline(0, color="#475569", linewidth=1)
-    accuracy_axes.set_xlabel(f"points of top-1 on {data} above\n{first['design']}; 95% interval of resampled tests")
+    accuracy_axes.set_xlabel(
+        f"points of top-1 on {data} above {first['design']}\n"
+        f"of the same seeds; 95% interval of resampled tests\ngrey: as far as its own seeds are apart, {apart:.1f}"
+    )
     speed_axes.axvline(1, color="#475569", linewidth=1)
     speed_axes.set_xlabel(f"images a second, as multiples of\n{first['design']}'s; 224 pixels, batch 8")
     for axes in (accuracy_axes, speed_axes):
@@ -174,7 +185,7 @@ def main() -> int:
             | {"times_default_speed": timed["ratio"], "data": data}
             | {key: f"{0 - float(value):.2f}" if value else "" for key, value in turned.items()}
             | {"verdict": {"better": "worse", "worse": "better"}.get(found["verdict"], found["verdict"])}
-            | {key: found[key] for key in ("test_top1", "seeds", "settings")}
+            | {key: found[key] for key in ("test_top1", "by_seed", "settings")}
         )
     if not rows:
         print("no design is done yet")

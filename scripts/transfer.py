@@ -22,6 +22,7 @@ import numpy as np
 import timm
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv
 
 import glattn  # noqa: F401
@@ -192,23 +193,24 @@ def draw(rows: list[Row], path: Path) -> None:
     """Draw the accuracy of each arm on each task at its chosen rate: a bar to the mean, a dot a seed."""
     rows = [row for row in rows if row["chosen"] == "yes"]
     tasks, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("data", "model"))
+    colours = {arm: colormaps["tab20"](number % 20) for number, arm in enumerate(arms)}
     figure = Figure(figsize=(4 + 2.4 * len(tasks), 5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(arms)
-    for number, arm in enumerate(arms):
-        label: str | None = arm  # once, at the first task that the arm has
-        for place, task in enumerate(tasks):
-            tests = [float(row["test_top1"]) for row in rows if (row["model"], row["data"]) == (arm, task)]
-            if tests:
-                x = place + (number - (len(arms) - 1) / 2) * width
-                colour = colormaps["tab20"](number % 20)
-                axes.bar(x, sum(tests) / len(tests), width * 0.9, color=colour, alpha=0.6, label=label)
-                axes.plot([x] * len(tests), tests, ".", color="#1e293b", markersize=4)
-                label = None
+    for place, task in enumerate(tasks):
+        tests: dict[str, list[float]] = {}
+        for row in rows:
+            if row["data"] == task:
+                tests.setdefault(row["model"], []).append(float(row["test_top1"]))
+        for number, arm in enumerate(sorted(tests, key=arms.index)):
+            x = place + (number - (len(tests) - 1) / 2) * width
+            axes.bar(x, sum(tests[arm]) / len(tests[arm]), width * 0.9, color=colours[arm], alpha=0.6)
+            axes.plot([x] * len(tests[arm]), tests[arm], ".", color="#1e293b", markersize=4)
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylabel("top-1 on the test, %")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    marks = [Patch(color=colours[arm], alpha=0.6, label=arm) for arm in arms]
+    axes.legend(handles=marks, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 

@@ -242,6 +242,16 @@ def test_a_file_that_differs_is_not_written(run_folder, tmp_path, capsys, monkey
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.export
+def test_a_program_that_takes_fewer_sizes_says_how_to_fix_one(tmp_path):
+    model = timm.create_model("test_convnext", num_classes=3).eval()
+    model.pretrained_cfg["input_size"] = model.pretrained_cfg["test_input_size"] = (3, 32, 32)
+    with pytest.raises(ValueError, match=r"does not take .*; fix the size with --img-size: Expected input"):
+        export(model, "torch-export", tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+    assert export(model, "torch-export", tmp_path / "model.pt2", img_size=32).path.exists()
+
+
 @pytest.mark.parametrize("to", [name for name in FORMATS if FORMATS[name].extra])
 def test_a_missing_extra_is_named(run_folder, capsys, monkeypatch, to):
     find = exporting.importlib.util.find_spec

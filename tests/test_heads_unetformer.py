@@ -38,6 +38,8 @@ def test_it_decodes_as_the_paper_says():
     x = torch.randn(2, 3, 96, 64)
     c1, c2, c3, c4 = model.backbone(x)
     d = model.decoder
+    for fusion in d.fusions:
+        fusion.balance.data = torch.tensor([1.0, 3.0])
     y = d.blocks[0](d.lateral(c4))
     for block, fusion, skip in zip([*d.blocks[1:], nn.Identity()], d.fusions, (c3, c2, c1), strict=True):
         w = fusion.balance.relu() / fusion.balance.relu().sum()

@@ -42,6 +42,13 @@ def test_seeds_are_averaged_and_the_images_must_be_the_same():
         compare([answers(set())], [{IMAGES[0]: True}], authors)
 
 
+def test_the_interval_holds_95_of_100():
+    """Of 200 independent images, each a gain of 1 or 0, as the binomial has it."""
+    found = compare([answers(set())], [answers(set(range(0, 200, 2)))], {image: image for image in IMAGES})
+    assert found.points == pytest.approx(50)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 100 * (0.25 / 200) ** 0.5, rel=0.06)
+
+
 def test_authors_are_the_manifests_and_one_author_is_no_sample():
     emoji = [
         f"{e.label}/{e.set}--{e.icon}.png" for e in manifest.read(manifest.FOLDER / "emoji.csv.gz") if e.split == "test"
@@ -92,6 +99,15 @@ def test_lr_is_chosen_on_val_and_the_other_seeds_follow_it(proxies):
     found = done.compare()
     assert (found[0]["points"], found[0]["seeds"], found[0]["verdict"]) == ("25.00", "3", "better")
     assert (done.out / "comparisons.csv").exists()
+
+
+def test_of_rates_that_validate_alike_the_lower_is_chosen(proxies, monkeypatch):
+    make, trained = proxies
+    monkeypatch.setattr(
+        run_proxies, "finished", lambda run, data: ({"val_top1": "80", "test_top1": "60"}, answers(set()))
+    )
+    assert make("a", lr=[2e-3, 1e-3], seeds=[0, 1]).run()
+    assert trained[-1] == ("a", 1e-3, 1)
 
 
 def test_a_model_may_have_options(proxies, monkeypatch):

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm
 import torch
 from oracles import attention, conv_norm, heads_of, mixer, product, relu_attention, sees_by_head, softmax_attention
 from torch.nn import functional as F
@@ -291,6 +292,18 @@ def test_performer_does_not_overflow():
 
 
 # Linformer
+
+
+def test_performers_weights_sum_to_one_however_large_queries_are():
+    attn, (q, k, _) = made("performer"), qkv()
+    for scale in (1, 10, 20):
+        out = attn(scale * q, scale * k, torch.ones_like(q), None, None)
+        torch.testing.assert_close(out, torch.ones_like(out))
+
+
+def test_linformers_keys_are_those_that_a_window_sees():
+    model = timm.create_model("test_glattn", mechanism="linformer", layout="overlap", window_size=4, halo=2)
+    assert {m.project_k.shape[1] for m in model.modules() if hasattr(m, "project_k")} == {8 * 8}
 
 
 def test_linformer_with_identity_projections_is_softmax():

@@ -9,11 +9,12 @@ import torch
 from models import SIZES, VARIANTS, randomize, relative, scripted
 from timm.layers import set_fused_attn
 from timm.models._manipulate import reinit_non_persistent_buffers
-from timm.utils import AttentionExtract, reparameterize_model
+from timm.utils import AttentionExtract, freeze, reparameterize_model, unfreeze
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 import glattn
 from glattn.layers import GlobalLocalAttention, ImprovedLocalAttention, MultiHeadGlobalAttention
@@ -139,6 +140,14 @@ def test_folding_in_steps_is_the_same():
         for block in itertools.chain.from_iterable(stage.blocks for stage in model.stages):
             reparameterize_model(block.mixer, inplace=True)
         assert relative(reparameterize_model(model)(x), expected) < 1e-10
+
+
+def test_what_is_frozen_is_folded_frozen():
+    model = timm.create_model("test_glattn").eval().requires_grad_(False)
+    model.stages[-1].requires_grad_(True)
+    folded = reparameterize_model(model)
+    last = {id(parameter) for parameter in folded.stages[-1].parameters()}
+    assert all(parameter.requires_grad == (id(parameter) in last) for parameter in folded.parameters())
 
 
 def test_folding_takes_running_statistics_in_any_mode():
@@ -324,6 +333,17 @@ def test_output_stride_dilates(output_stride):
         assert out.shape[2:] == (96 // info["reduction"], 160 // info["reduction"])
 
 
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_what_is_dilated_is_what_was_strided(output_stride):
+    """Of convolutions alone: at the cells that both have, the maps are the same."""
+    alone = {"fusion": "local", "local_gate": "none", "num_classes": 0, "global_pool": ""}
+    strided = randomize(timm.create_model("test_glattn", **alone)).double().eval()
+    dilated = timm.create_model("test_glattn", output_stride=output_stride, **alone).double().eval()
+    dilated.load_state_dict(strided.state_dict())
+    x, step = torch.randn(1, 3, 96, 160, dtype=torch.float64), 32 // output_stride
+    torch.testing.assert_close(dilated(x)[:, :, ::step, ::step], strided(x))
+
+
 @pytest.mark.parametrize("method", ["fx", "hook"])
 def test_attention_maps_are_extracted(method):
     set_fused_attn(False)
@@ -347,6 +367,36 @@ def test_a_size_can_be_set_and_left():
     assert model.state_dict()["stem.pos_embed.table"].shape[2:] == (24, 32)
     model.set_input_size(64)
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in before.items()}
+
+
+@pytest.mark.parametrize("stem_features", [False, True])
+def test_a_size_that_is_set_is_one_that_was_made(stem_features):
+    options = {"layout": "full", "position": "bias", "abs_pos": "stages", "stem_features": stem_features}
+    model = timm.create_model("test_glattn", img_size=64, **options)
+    model.set_input_size((96, 128))
+    made = timm.create_model("test_glattn", img_size=(96, 128), **options)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in made.state_dict().items()}
+
+
+def test_what_was_frozen_and_is_not_trains_as_before():
+    model = timm.create_model("test_glattn", num_classes=3)
+    kinds = [type(module) for module in model.modules()]
+    freeze(model)
+    assert {FrozenBatchNorm2d} <= {type(module) for module in model.modules()}
+    unfreeze(model)
+    assert [type(module) for module in model.modules()] == kinds
+    model.train()(torch.randn(1, 3, 32, 32)).sum().backward()
+
+
+def test_a_classifier_needs_a_pooling():
+    for refused in (
+        lambda: timm.create_model("test_glattn", global_pool=""),
+        lambda: timm.create_model("test_glattn", num_classes=0, global_pool="").reset_classifier(5),
+        lambda: timm.create_model("test_glattn").reset_classifier(5, ""),
+    ):
+        with pytest.raises(ValueError, match="give 0, or a pooling"):
+            refused()
+    assert timm.create_model("test_glattn", global_pool="", features_only=True)(torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

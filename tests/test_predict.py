@@ -207,6 +207,20 @@ def test_received_attention_is_the_softmax_summed_over_the_queries():
     np.testing.assert_allclose(maps.answer, answer[0, 0], rtol=1e-4)
 
 
+def test_received_attention_is_that_of_all_groups_of_heads():
+    options = {"layout": "multi_scale", "num_heads": 2, "window_sizes": (1, 0), "position": "none"}
+    model = timm.create_model("test_glattn", num_classes=5, **options).eval()
+    whole = model.stages[-1].blocks[-1].mixer.attn.groups[1]  # of the other group's cells each sees itself
+    seen = []
+    whole.register_forward_hook(lambda _, inputs, out: seen.extend(inputs[:2]))
+    maps = explain(model, torch.randn(1, 3, 64, 96))[-1]
+    q, k = (x.detach().flatten(2) for x in seen)
+    weights = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(-1)
+    received = ((weights.sum(1) + 1) / 2).reshape(1, 1, 2, 3)
+    expected = torch.nn.functional.interpolate(received, (64, 96), mode="bilinear")[0, 0]
+    np.testing.assert_allclose(maps.received, expected, rtol=1e-4)
+
+
 KINDS = [
     *({"layout": layout, "num_heads": 2} for layout in LAYOUTS),
     *({"mechanism": mechanism, "position": "none", "layout": "full"} for mechanism in MECHANISMS),

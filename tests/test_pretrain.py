@@ -89,6 +89,9 @@ def test_a_picture_of_several_fractals_is_of_their_classes_and_seeds_alone():
     shown = [source.classes(*place) for place in places]
     assert {len(classes) for classes in shown} == {1, 2, 3, 4}
     assert all(classes[0] == 5 and len(set(classes)) == len(classes) for classes in shown)
+    many = [source.classes(5, seed) for seed in range(20_000)]  # its own is among the others' numbers in a few of them
+    assert all(len(set(classes)) == len(classes) for classes in many)
+    assert {number for classes in many for number in classes} == set(range(1000))
     together = source.draw(places, 48)
     assert 0 <= together.min() < together.max() <= 1
     assert all(torch.equal(source.draw([place], 48)[0], one) for place, one in zip(places, together, strict=True))

@@ -77,6 +77,15 @@ def test_names_are_shown_as_they_are(tmp_path):
     assert any(attributes.get("alt", "").startswith(NASTY[0]) for _, attributes in page.tags)
 
 
+def test_the_worst_mistakes_come_first(tmp_path):
+    logits = torch.tensor([[0, 1, 0], [0, 0, 3], [2, 0, 0]]).double()
+    predictions = predictions_of(logits, torch.tensor([0, 0, 1]))
+    source = make_source(tmp_path / "images", ["a", "b", "c"])
+    page = Page(render(make_run(tmp_path / "run", predictions), source, predictions))
+    shown = [attributes["alt"] for tag, attributes in page.tags if "taken for" in attributes.get("alt", "")]
+    assert shown == ["a, taken for c", "b, taken for a", "a, taken for b"]
+
+
 def test_the_matrix_counts_every_image(tmp_path):
     page, predictions = report(tmp_path, NASTY)
     start = page.cells.index(NASTY[0], page.cells.index(""))

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import image_folders
 import pytest
+import timm
 import training_runs as runs
 from training_runs import SMALL, assert_same, assert_same_run
 
 from glattn.files import write_text
-from glattn.training.checkpoint import list_states, load_state, save_state
+from glattn.training.checkpoint import export, list_states, load_state, save_state
 
 # everything that draws random numbers or keeps a state of its own; a checkpoint after every step: 3 an epoch
 RICH = (*SMALL, "epochs=2", "lr=0.03", "workers=1", "ema_decay=0.5", "drop_path_rate=0.2", "drop_rate=0.1", "mixup=0.4",
@@ -187,6 +188,18 @@ def test_nothing_but_damaged_checkpoints_is_refused(images, halted):
         f"glattn train: every checkpoint in {halted / 'checkpoints'} is damaged; remove that folder to start anew"
     )
     assert (halted / "best" / "model.safetensors").read_bytes() == best
+
+
+def test_the_best_epochs_weights_are_whole_or_refused(tmp_path):
+    model = timm.create_model("test_glattn", num_classes=2)
+    config = timm.data.resolve_model_data_config(model)
+    export(model, tmp_path / "best", class_names=("a", "b"), data_config=config, metrics={})
+    file = tmp_path / "best" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 64  # one bit of one weight
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True)
 
 
 def test_a_damaged_checkpoint_does_not_push_out_the_new_one(tmp_path):

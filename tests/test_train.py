@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -28,6 +30,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from glattn.cli import main
+from glattn.hub.card import is_untouched
 from glattn.models.weights import save_weights
 from glattn.training import build, run_folder
 from glattn.training.batches import make_loader
@@ -196,6 +199,10 @@ def test_files_whose_names_are_no_text_are_trained_on_and_listed(tmp_path, capsy
     assert listed == [str(path).replace("\udce9", "\\udce9") for path in bad]
     assert capsys.readouterr().out.count("could not be read") == 1
     assert "caf\\udce9-0" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")  # among the mistakes
+    assert main(["push", str(tmp_path / "run"), "org/name", "--dry-run", str(tmp_path / "pushed")]) == 0
+    card = (tmp_path / "pushed" / "README.md").read_text(encoding="utf-8")
+    assert "bleu\\udce9" in card
+    assert is_untouched(card)
 
 
 def test_odd_images_train(tmp_path):
@@ -390,6 +397,7 @@ def test_mistakes_in_recipes_name_the_recipe(tmp_path, capsys):
         ("lr: [", "is no YAML"),
         ("lr: 1\nepochs: 3\nlr: 2", f"{recipe} says 'lr' twice"),
         ("model_args:\n  head_dim: 16\n  head_dim: 32", f"{recipe} says 'head_dim' twice"),
+        ("model_args: &a\n  b: *a", f"{recipe} is no recipe: a mapping in it holds itself"),
         ("seed: 2020-13-45", f"{recipe} is no YAML: month must be in 1..12"),
     ):
         recipe.write_text(text)
@@ -641,7 +649,7 @@ def test_a_run_that_has_come_and_gone_meanwhile_keeps_its_folder(tmp_path, monke
 @MODELS
 def test_accumulated_parts_are_one_batch(model, trainer):
     # norms in eval mode: a part's statistics are its own
-    updates = []
+    updates, losses = [], []
     for parts in (1, 4):
         t = trainer(
             model=model, accumulate=parts, batch_size=8, optimizer="momentum", lr=0.1, clip_grad=None, epochs=1,
@@ -649,11 +657,21 @@ def test_accumulated_parts_are_one_batch(model, trainer):
         )  # fmt: skip
         t.frozen = list(t.model.modules())
         before = weights_of(t.model)
-        t.train_epoch()
+        losses.append(t.train_epoch())
         assert t.progress.step == 3
         updates.append({name: value - before[name] for name, value in t.model.state_dict().items()})
     for name, update in updates[0].items():
         torch.testing.assert_close(updates[1][name], update, rtol=1e-3, atol=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # a part sees the weights of its step
+
+
+def test_the_speed_of_an_epoch_that_goes_on_is_that_of_what_was_left(trainer, monkeypatch):
+    t, clock = trainer(epochs=1), itertools.count(step=10)
+    t.progress.step = t.steps - 1
+    monkeypatch.setattr(t, "train_epoch", lambda: 0.5)
+    monkeypatch.setattr("glattn.training.loop.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    t.run()
+    assert t.progress.rows[0]["images_per_second"] == t.batches.batch_size / 10
 
 
 def test_clipping_bounds_the_update(trainer):
@@ -821,6 +839,14 @@ def wrong_teacher(tmp_path_factory):
     t.run()
     assert t.progress.best["top1"] > 99
     return str(root / "run" / "best" / "model.safetensors")
+
+
+@pytest.mark.parametrize("distill", ["logits", "features"])
+def test_a_teacher_of_one_size_takes_the_images_size(images, tmp_path, distill):
+    path, teacher = tmp_path / "teacher.safetensors", timm.create_model("test_vit", num_classes=3)
+    save_weights(teacher, path)
+    given = [f"{key}={value}" for key, value in QUICK.items()] + [f"teacher_checkpoint={path}", "teacher=test_vit"]
+    assert main(["train", "--data", str(images), f"run={tmp_path / 'run'}", f"distill={distill}", *given]) == 0
 
 
 @MODELS

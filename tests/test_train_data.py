@@ -229,6 +229,24 @@ def test_hidden_folders_are_left_out(tmp_path):
         open_sources(TrainConfig(data=str(root)))
 
 
+def test_a_run_folder_is_no_class(tmp_path, monkeypatch, capsys):
+    root = write_folder(tmp_path / "images", val=0)
+    monkeypatch.chdir(root)
+    for data, run in ((".", []), (".", ["run=out"]), (str(root), [f"run={root}/out/mine"])):
+        before = sorted(root.rglob("*"))
+        assert main(["train", "--data", data, "model=test_glattn", *run]) == 1
+        assert "each folder is a class; give another run=FOLDER" in capsys.readouterr().err
+        assert sorted(root.rglob("*")) == before
+
+
+def test_an_image_that_torchvision_cannot_decode_is_one_of_the_bad(tmp_path, monkeypatch):
+    root = write_folder(tmp_path)
+    train, _ = open_sources(TrainConfig(data=str(root), dataset="torch/image_folder", val_split="val"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    with pytest.raises(BadImageError, match="exceeds limit"):
+        train.read(0)
+
+
 def test_a_class_of_one_image_cannot_be_split(tmp_path):
     root = write_folder(tmp_path, val=0)
     write_class(tmp_path / "violet", (120, 30, 200), 1)
@@ -250,6 +268,13 @@ def test_one_folder_is_split_by_class_and_seed(tmp_path):
     assert len(train | val) == 60
     assert names(0) == [train, val]
     assert names(1)[1] != val
+
+
+def test_a_class_keeps_an_image_to_train_on(tmp_path):
+    for name in ("red", "blue"):
+        write_class(tmp_path / name, COLOURS[name], 2)
+    for source in open_sources(TrainConfig(data=str(tmp_path), val_fraction=0.9)):
+        assert source.class_counts().tolist() == [1, 1]
 
 
 # timm keeps a .tar open as long as its reader lives

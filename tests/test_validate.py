@@ -15,6 +15,7 @@ from timm.data import create_transform
 
 from glattn.cli import main
 from glattn.training.checkpoint import export
+from glattn.training.validate import Stopwatch
 from glattn.training.validation import AmongClasses, predict_all
 
 NAMES = ("red", "unseen", "green", "blue")  # not the order of the folder
@@ -78,6 +79,13 @@ def test_every_image_counts_once_whatever_the_batch(images, checkpoint, tmp_path
         right = (logits[of_class].argmax(1) == NAMES.index(name)).double().mean().item()
         assert share == pytest.approx(100 * right, abs=0.01)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json"]
+
+
+def test_speed_is_that_of_all_batches_but_the_first():
+    watch = Stopwatch()
+    for _ in watch([(torch.zeros(8), 0), (torch.zeros(8), 0), (torch.zeros(3), 0)]):
+        pass
+    assert watch.images == 11
 
 
 def test_size_crop_and_present_classes_are_what_was_asked(images, checkpoint, tmp_path, capsys):

@@ -65,10 +65,11 @@ def draw_speed(folder: Path, rows: Sequence[Row]) -> Path | None:
 
 
 def _plain_ticks(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(MaxNLocator(6) if high < 4 * low else LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 
@@ -118,7 +119,7 @@ def draw_scaling(folder: Path, rows: Sequence[Row]) -> Path | None:
             )  # fmt: skip
         axes.set_title(f"{title}, as a multiple of that at the smallest size", fontsize=10)
         axes.set_xlabel("side of the image, pixels")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(1.2, axes.get_ylim()[1]))
         axes.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.suptitle(f"on {places(rows)}", fontsize=10)

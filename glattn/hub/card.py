@@ -17,6 +17,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
+from glattn.files import one_line, plain
+
 CURVE = "curve.png"
 _MARK = re.compile(r"\n<!-- glattn card ([0-9a-f]{16}) -->\n?\Z")
 
@@ -93,7 +95,7 @@ def _read(path: Path, parse: Any) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError, csv.Error) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
 
 
 def model_card(model: nn.Module, name: str, config: Mapping[str, Any], record: Record) -> str:
@@ -125,7 +127,7 @@ def model_card(model: nn.Module, name: str, config: Mapping[str, Any], record: R
     if names := config.get("label_names"):
         shown = ", ".join(str(label) for label in list(names)[:20])
         sections += ["## Classes", shown + (f", ... ({len(names)} in all)" if len(names) > 20 else "")]
-    text = f"---\n{_metadata(name, config, record, ours).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    text = plain(f"---\n{_metadata(name, config, record, ours).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     return f"{text}\n<!-- glattn card {_signature(text)} -->\n"
 
 

@@ -29,6 +29,7 @@ from timm.models._hub import hf_split
 from timm.models._registry import split_model_name_tag
 from torch import Tensor, nn
 
+from glattn.files import one_line
 from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.glattn import GLAttn
 from glattn.models.weights import (
@@ -40,7 +41,6 @@ from glattn.models.weights import (
     check_finite,
     checkpoint_errors,
     missing_weights,
-    one_line,
     source_overlay,
     weights_file,
 )

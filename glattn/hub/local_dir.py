@@ -1,4 +1,4 @@
-"""The config.json beside weights, in a folder that timm and transformers load a model from."""
+"""A folder that timm and transformers load a model from: config.json and weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,30 @@ from typing import Any
 
 from timm.models._hub import save_config_for_hf
 from torch import nn
+
+from glattn.models.weights import CONFIG, WEIGHTS, save_weights
+
+
+def model_folder(path: Path) -> Path:
+    """Return the folder that holds a model: a training run's ``best``, or the one given.
+
+    Raises:
+        FileNotFoundError: Neither holds a config.json.
+    """
+    for folder in (path / "best", path):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise FileNotFoundError(f"{path}: no model here: neither best/{CONFIG} nor {CONFIG}; no checkpoint yet?")
+
+
+def save_model(model: nn.Module, folder: Path, **described: Any) -> dict[str, Any]:
+    """Write a model's weights and config.json, of which ``described`` is `save_config`'s; return what that holds.
+
+    Raises:
+        ValueError: A weight is not finite.
+    """
+    save_weights(model, folder / WEIGHTS)
+    return save_config(model, folder / CONFIG, **described)
 
 
 def save_config(

@@ -20,9 +20,8 @@ from torch import nn
 from glattn.files import copy_file, user_path, write_text
 from glattn.hub.card import CURVE, Record, is_untouched, model_card, read_record
 from glattn.hub.loading import create_model, patiently, plain_errors
-from glattn.hub.local_dir import save_config
+from glattn.hub.local_dir import model_folder, save_model
 from glattn.models.glattn import GLAttn
-from glattn.models.weights import CONFIG, WEIGHTS, save_weights
 
 README = "README.md"
 
@@ -83,10 +82,7 @@ def _load(source: nn.Module | str | os.PathLike[str], record: Record | None) -> 
             )
         return model, record or Record()
     run = user_path(source)
-    folder = run / "best" if (run / "best").is_dir() else run
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{run}: no model here: neither best/{CONFIG} nor {CONFIG}; give a run folder")
-    return create_model(f"local-dir:{folder}", pretrained=True), record or read_record(run)
+    return create_model(f"local-dir:{model_folder(run)}", pretrained=True), record or read_record(run)
 
 
 def _write(model: nn.Module, folder: Path, name: str, label_names: Sequence[str] | None, record: Record) -> None:
@@ -97,8 +93,7 @@ def _write(model: nn.Module, folder: Path, name: str, label_names: Sequence[str]
         if label_names is not None:
             raise ValueError(f"{len(labels)} label_names for a model of {model.num_classes} classes")
         labels = None  # the names of the weights that it was started from
-    save_weights(model, folder / WEIGHTS)
-    config = save_config(model, folder / CONFIG, label_names=labels)
+    config = save_model(model, folder, label_names=labels)
     write_text(folder / README, model_card(model, name, config, record))
     if record.curve is not None:
         shutil.copyfile(record.curve, folder / CURVE)

@@ -57,6 +57,12 @@ class ConvNorm(nn.Module):
         """Return the normalised convolution."""
         return self.bn(self.conv(x))
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Take a submodule; torch's BatchNorm, which timm's ``unfreeze`` puts here, becomes ours."""
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = BatchNorm2d
+        super().add_module(name, module)
+
     @torch.jit.ignore
     def fuse(self) -> nn.Conv2d:
         """Return the one convolution that this module computes in evaluation mode."""

@@ -14,6 +14,7 @@ from glattn.config import MixerConfig
 from glattn.layers.augmented import AugmentedConv
 from glattn.layers.conv import MultiScaleConv, num_groups
 from glattn.layers.conv2d import Pointwise
+from glattn.layers.layout import LAYOUTS
 
 
 def _identity(dim: int, **factory: Any) -> nn.Module:
@@ -86,7 +87,7 @@ class AugmentedLocalAttention(nn.Module):
             num_heads=num_heads,
             kernel_sizes=config.kernel_sizes,
             groups=config.local_groups,
-            stride=config.pool_stride if config.layout == "pooled" else 1,
+            stride=config.pool_stride if LAYOUTS[config.layout].pooled else 1,
             dilation=dilation,
             **factory,
         )

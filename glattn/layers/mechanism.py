@@ -108,15 +108,22 @@ def relu_features(x: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def kernel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return ``q (k' v) / (q k' 1)`` for non-negative features ``(groups, heads, tokens, features)``, in v's type."""
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor, least: float = 1e-12) -> Tensor:
+    """Return ``q (k' v) / (q k' 1)`` for non-negative features ``(groups, heads, tokens, features)``, in v's type.
+
+    Args:
+        q: The queries' features.
+        k: The keys' features.
+        v: The keys' values, ``(groups, heads, tokens, head_dim)``.
+        least: What the divisor is at least; below it the outputs vanish.
+    """
     if not torch.jit.is_scripting():
         if autocasts(q):
             with torch.autocast(q.device.type, enabled=False):
-                return kernel_attention(q, k, v)
+                return kernel_attention(q, k, v, least)
     k = k / k.shape[2]  # a mean over the keys instead of a sum: the quotient is the same, and the terms stay small
     total = q @ k.sum(dim=2).unsqueeze(3)
-    return ((q @ (k.transpose(-2, -1) @ v.to(q.dtype))) / total.clamp(min=1e-12)).to(v.dtype)
+    return ((q @ (k.transpose(-2, -1) @ v.to(q.dtype))) / total.clamp(min=least)).to(v.dtype)
 
 
 @torch.fx.wrap
@@ -186,7 +193,8 @@ class Performer(nn.Module):
             vectors = orthogonal_features(q, self.num_heads, self.features, self.head_dim)
         q = positive_features(q, vectors, True)
         k = positive_features(k, vectors, False)
-        return kernel_attention(q, existing_only(k, mask), v)
+        # exponentials of queries and keys that are far apart are small, and no less weights for that
+        return kernel_attention(q, existing_only(k, mask), v, 1e-30)
 
 
 @torch.fx.wrap
@@ -316,7 +324,8 @@ def lsh_attention(q: Tensor, v: Tensor, mask: Tensor | None, directions: Tensor,
     place = torch.arange(tokens, device=q.device)
     order = (bucket * tokens + place).argsort(dim=-1)
 
-    # one bucket more than needed, so that there are always two: an exported program then holds for any number
+    # one bucket more than needed: there are always two, so that an exported program holds for any number, and the last
+    # is empty, which the first has before it
     buckets = (tokens + size - 1) // size + 1
     empty = buckets * size - tokens
     wide = F.pad(order, [0, empty])
@@ -328,10 +337,7 @@ def lsh_attention(q: Tensor, v: Tensor, mask: Tensor | None, directions: Tensor,
     real = real.reshape(-1, buckets, size, 1)
 
     keys = _with_previous(F.normalize(q, dim=-1))
-    # the first bucket has none before it: the last one, which roll brings, is ruled out
-    first = torch.arange(buckets, device=q.device).reshape(1, -1, 1, 1) == 0
-    previous = torch.arange(2 * size, device=q.device).reshape(1, 1, 1, -1) >= size
-    allowed = _with_previous(real).transpose(2, 3) & ~(first & previous)
+    allowed = _with_previous(real).transpose(2, 3)
     itself = place == _with_previous(place).transpose(2, 3)
     scores = q @ keys.transpose(2, 3) * dim**-0.5
     scores = scores.masked_fill(itself, -5e4).masked_fill(~allowed, -1e9)

@@ -191,8 +191,7 @@ class GLAttn(nn.Module):
         num_classes = as_integer("num_classes", num_classes, 0)
         if global_pool is not None:
             check_choice("global_pool", global_pool, POOLS)
-            if not global_pool and num_classes:
-                raise ValueError(f"global_pool='' leaves num_classes={num_classes} a map; give 0, or a pooling")
+        check_pooled(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
@@ -265,6 +264,16 @@ class GLAttn(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def check_pooled(num_classes: int, global_pool: str) -> None:
+    """Refuse a classifier of a map.
+
+    Raises:
+        ValueError: There are classes, and no pooling before them.
+    """
+    if num_classes and not global_pool:
+        raise ValueError(f"global_pool='' leaves num_classes={num_classes} a map; give 0, or a pooling")
+
+
 def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     """Return (height, width) in pixels.
 
@@ -323,7 +332,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     kwargs["pretrained_cfg_overlay"] = overlay
     source = {name: kwargs.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
     with reading_checkpoint(variant, pretrained, **source):
-        return build_model_with_cfg(
+        model: nn.Module = build_model_with_cfg(
             GLAttn,
             variant,
             pretrained,
@@ -341,6 +350,9 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
             ),
             **kwargs,
         )
+    if isinstance(model, GLAttn):  # a wrapper for features has no use for either
+        check_pooled(model.num_classes, model.head.global_pool.pool_type)
+    return model
 
 
 def _entry_point(variant: str) -> Any:

@@ -28,7 +28,7 @@ VARIANTS: dict[str, GLAttnConfig] = {
     "glattn_small": _size((64, 128, 384, 1536), (1, 1, 14, 1), **_WIDE),
     "glattn_base": _size((96, 192, 512, 1920), (1, 1, 14, 1), **_WIDE),
     "glattn_large": _size((128, 256, 704, 2816), (1, 1, 18, 1), **_WIDE),
-    # one mechanism of the specification each, all else as in glattn_tiny
+    # glattn_tiny with other mechanisms, and its widths and depths but for the last
     "glattn_tiny_rope": _TINY.replace(position="rope"),
     # no bias where the whole map is attended: it would grow with the square of the map
     "glattn_tiny_window": _TINY.replace(

@@ -25,7 +25,7 @@ from timm.models import load_state_dict, resolve_pretrained_cfg
 from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES, hf_split
 from torch import Tensor, nn
 
-from glattn.files import replacing
+from glattn.files import one_line, replacing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 HUB = "glattn"  # organisation whose repositories are named like the variants
@@ -248,8 +248,3 @@ def reading_checkpoint(
             raise OSError(f"{missing}: {one_line(error)}") from error
     with checkpoint_errors(source):
         yield
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import glattn  # noqa: F401  (registers the family)
-from glattn.files import user_path
+from glattn.files import one_line, user_path
 from glattn.hub.loading import check_weights, create_model
 from glattn.training.classifier import by_index
 from glattn.training.config import TrainConfig
@@ -43,13 +43,7 @@ def build_model(config: TrainConfig, num_classes: int, *, start: bool = True) ->
     if "features_only" in arguments:
         raise ValueError("model_args.features_only: take it out; what has no classifier is not trained here")
     arguments |= own
-    model = create(config.model, **arguments)
-    size = config.image_size
-    if size and model.pretrained_cfg.get("fixed_input_size") and "img_size" not in arguments:
-        if hasattr(model, "set_input_size"):
-            model.set_input_size(img_size=(size, size))
-        else:
-            model = create(config.model, img_size=size, **arguments)
+    model = _sized(config.model, config.image_size, arguments)
     if config.checkpoint and start:
         load_weights(model, config.checkpoint)
     if config.grad_checkpointing:
@@ -61,12 +55,30 @@ def build_model(config: TrainConfig, num_classes: int, *, start: bool = True) ->
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
+def _sized(name: str, size: int | None, arguments: dict[str, Any]) -> Any:
+    """Create a model; one that takes images of one size alone takes this."""
+    model = create(name, **arguments)
+    if "img_size" in arguments or _set_size(model, size):
+        return model
+    return create(name, img_size=size, **arguments)
+
+
+def _set_size(model: Any, size: int | None) -> bool:
+    """Have a model take images of this size, in pixels; tell whether it does."""
+    if not size or not model.pretrained_cfg.get("fixed_input_size"):
+        return True
+    if not hasattr(model, "set_input_size"):
+        return False
+    model.set_input_size(img_size=(size, size))
+    return True
+
+
 def create(name: str, **arguments: Any) -> Any:
     """Create a model by timm's name or from the Hub, with errors of one line."""
     try:
         return create_model(name, **arguments)
     except (TypeError, AssertionError, KeyError) as error:
-        raise ValueError(f"model {name!r}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"model {name!r}: {one_line(error)[:300]}") from None
 
 
 def load_weights(model: nn.Module, path: str) -> bool:
@@ -82,7 +94,7 @@ def load_weights(model: nn.Module, path: str) -> bool:
     try:
         read = load_state_dict(str(file), device="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path} cannot be read as weights: {one_line(error)[:200]}") from None
     own, weights = model.state_dict(), dict(read)
     classifier = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
@@ -133,9 +145,16 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
     Raises:
         ValueError: Its logits are matched, but it comes without a classifier of these classes.
     """
-    teacher: Any = create(config.teacher, pretrained=not config.teacher_checkpoint, num_classes=len(class_names))
+    arguments = {"pretrained": not config.teacher_checkpoint, "num_classes": len(class_names)}
+    teacher = _sized(config.teacher, config.image_size, arguments)
     if config.teacher_checkpoint:
-        knows = load_weights(teacher, config.teacher_checkpoint)
+        try:
+            knows = load_weights(teacher, config.teacher_checkpoint)
+        except ValueError:  # weights of the model's own size, it may be
+            teacher = create(config.teacher, **arguments)
+            knows = load_weights(teacher, config.teacher_checkpoint)
+            if not _set_size(teacher, config.image_size):
+                raise
     else:
         cfg, count = teacher.pretrained_cfg, len(class_names)
         names, knows = by_index(cfg.get("label_names") or (), count), cfg.get("num_classes") == count
@@ -204,7 +223,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module, task: TrainingTask) -
             **{**fused, **config.optimizer_args},
         )
     except (AssertionError, IndexError, RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"optimizer={config.optimizer!r}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"optimizer={config.optimizer!r}: {one_line(error)}") from None
     if getattr(optimizer, "is_second_order", False):
         raise ValueError(f"optimizer={config.optimizer!r}: it needs second derivatives, which this loop does not take")
     known = {id(p) for p in model.parameters()}

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
-from glattn.files import mode, sync
-from glattn.hub.local_dir import save_config
+from glattn.files import mode, one_line, sync
+from glattn.hub.local_dir import save_model
 
 _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})\.([0-9a-f]{16})\.pt")
@@ -78,7 +77,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(found, OSError) and found.strerror:
             return found.strerror
         found = found.__context__
-    return " ".join(str(error).split())
+    return one_line(error)
 
 
 def _made(folder: Path) -> Path:
@@ -87,14 +86,10 @@ def _made(folder: Path) -> Path:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16] if hasattr(hashlib, "file_digest") else _hash(file)
-
-
-def _hash(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()[:16]
 
 
@@ -118,7 +113,7 @@ def load_state(folder: Path, say: Callable[[str], None] = _logger.warning) -> di
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             return state
         except Exception as error:  # whatever is wrong with it, the one before may be whole
-            say(f"{path} is damaged ({' '.join(str(error).split())[:120]}); trying the one before")
+            say(f"{path} is damaged ({one_line(error)[:120]}); trying the one before")
     if states:
         raise ValueError(f"every checkpoint in {folder} is damaged; remove that folder to start anew")
     return None
@@ -141,11 +136,8 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         made = Path(temporary) / "model"
         made.mkdir()
-        save_config(model, made / "config.json", label_names=class_names, data_config=data_config)
-        # contiguous: safetensors refuses channels_last weights
-        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
         try:
-            save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+            save_model(model, made, label_names=class_names, data_config=data_config)
         except SafetensorError as error:
             raise OSError(f"cannot write {folder}: {error}") from None
         (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

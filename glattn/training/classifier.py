@@ -14,6 +14,7 @@ from torch import nn
 
 from glattn.files import user_path
 from glattn.hub.loading import create_model, plain_errors
+from glattn.hub.local_dir import model_folder
 
 _WHAT = "a run folder, a folder with config.json and weights, a file of weights, hf-hub:ORG/NAME, or a timm model"
 
@@ -75,10 +76,7 @@ def open_checkpoint(
 def _load(checkpoint: str, model_name: str | None, **model_args: Any) -> nn.Module:
     path = user_path(checkpoint)
     if path.is_dir():
-        folder = path / "best" if (path / "best" / "config.json").is_file() else path
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{checkpoint}: holds neither config.json nor best/config.json: no checkpoint yet?")
-        return create_model(f"local-dir:{folder}", pretrained=True, **model_args)
+        return create_model(f"local-dir:{model_folder(path)}", pretrained=True, **model_args)
     if path.is_file():
         return _load_file(path, model_name, model_args)
     if not checkpoint.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not is_model(checkpoint.partition(".")[0]):

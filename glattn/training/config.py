@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from glattn.files import user_path
+from glattn.files import one_line, user_path
 
 OF_TEACHER = ("teacher_checkpoint", "distill", "distill_weight", "distill_temperature")
 NO_DEFAULTS: Mapping[str, Any] = types.MappingProxyType({})
@@ -243,13 +243,16 @@ def read_recipe(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        twice = _said_twice(node)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is no YAML: {one_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is no recipe: a mapping in it holds itself") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a list of `key: value` lines")
-    if twice := _said_twice(node):
+    if twice:
         raise ValueError(f"{path} says {twice!r} twice; keep one of the lines")
     return values
 

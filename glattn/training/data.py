@@ -17,11 +17,11 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key
 from torch.utils.data import Sampler
 
-from glattn.files import user_path
+from glattn.files import one_line, user_path
 from glattn.training.batches import make_loader
 from glattn.training.config import TrainConfig
 from glattn.training.digits import write_digits
-from glattn.training.images import read_image
+from glattn.training.images import BadImageError, read_image
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation", "eval", "evaluation")}
@@ -49,7 +49,12 @@ class Source:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return image number `index` as RGB, and its class."""
         inner = int(self.indices[index])
-        image, target = self.dataset.reader[inner][:2] if hasattr(self.dataset, "reader") else self.dataset[inner]
+        try:
+            image, target = self.dataset.reader[inner][:2] if hasattr(self.dataset, "reader") else self.dataset[inner]
+        except OSError:
+            raise
+        except Exception as error:  # torchvision's and datasets' have decoded it there
+            raise BadImageError(one_line(error)) from None
         try:
             return read_image(image), int(target)
         finally:
@@ -126,23 +131,32 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
     return train, val
 
 
+def check_run_folder(config: TrainConfig, run: Path) -> None:
+    """Refuse a run folder among the folders of the classes, where it would be one of them.
+
+    Raises:
+        ValueError: It lies there.
+    """
+    if config.dataset in ("", "digits") and config.data:
+        root = user_path(config.data)
+        classes = find_split(root, config.train_split) or root
+        if classes.resolve() in run.resolve().parents:
+            raise ValueError(f"run={run} lies in {classes}, where each folder is a class; give another run=FOLDER")
+
+
 def open_split(data: str, split: str, class_names: tuple[str, ...] | None = None) -> Source:
     """Open one split of a folder for validation, its classes in the order of a model's `class_names`."""
     root = user_path(data)
     if not root.exists():
         raise FileNotFoundError(f"no folder {data!r}")
-    source = open_folder(find_split(root, split) or root)
+    folder = find_split(root, split) or root
+    source = open_folder(folder)
     if class_names is None or class_names == source.class_names:
         return source
     unknown = sorted(set(source.class_names) - set(class_names))
     if unknown:
         raise ValueError(f"{root} holds classes that the model does not know: {_some(unknown)}")
-    order = np.array([class_names.index(name) for name in source.class_names])
-    # the reader itself keeps its numbers: the dataset is asked for images only, see `read`
-    return open_folder(
-        find_split(root, split) or root,
-        class_map={name: int(n) for name, n in zip(source.class_names, order, strict=True)},
-    )
+    return open_folder(folder, class_map={name: class_names.index(name) for name in source.class_names})
 
 
 def find_split(root: Path, split: str) -> Path | None:
@@ -254,7 +268,7 @@ def _open_named(name: str, root: str, split: str) -> Source:
     try:
         dataset = create_dataset(name, root=root or None, split=split)
     except (RuntimeError, AssertionError, ImportError, ValueError, KeyError) as error:
-        raise ValueError(f"dataset={name!r}, split {split!r}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"dataset={name!r}, split {split!r}: {one_line(error)}") from None
     reader = getattr(dataset, "reader", None)
     if reader is not None and hasattr(reader, "dataset"):  # Hugging Face datasets
         key = getattr(reader, "label_key", "label")

@@ -11,8 +11,6 @@ from PIL import Image
 
 from glattn.files import new_folder
 
-NAME = "scikit-learn digits (UCI optical recognition of handwritten digits)"
-
 
 def write_digits(folder: str | Path) -> Path:
     """Write train/ and val/, one folder a digit, 8x8 grey PNGs; a stratified, fixed fifth is held out.

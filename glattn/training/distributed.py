@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from glattn.files import one_line
 from glattn.memory import keep_freed_memory
 from glattn.training.config import TrainConfig
 
@@ -47,7 +48,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             step_scheduler_with_optimizer=False,
         )
     except ValueError as error:
-        raise ValueError(f"accelerate: {' '.join(str(error).split())}") from None
+        raise ValueError(f"accelerate: {one_line(error)}") from None
     kind, launched = accelerator.distributed_type.name, int(os.environ.get("WORLD_SIZE", "1"))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"training with {kind} is not supported: every process holds the whole model; leave it out")

@@ -55,7 +55,7 @@ def make_system(number: int, *, seed: int = 0) -> np.ndarray:
 def _fill(maps: np.ndarray) -> float:
     """Return the share of a 64 x 64 square that the picture of a system fills, fitted into it."""
     draws = torch.from_numpy(np.random.default_rng(0).random((1, SETTLING + STEPS, CHAINS)))
-    points, _ = fitted(walk(*systems([maps], torch.float64), draws))
+    points = fitted(walk(*systems([maps], torch.float64), draws))
     if not torch.isfinite(points).all():
         return 0.0
     cells = ((points + 1) * 32).floor().clamp(0, 63)
@@ -112,11 +112,11 @@ def walk(maps: Tensor, shares: Tensor, draws: Tensor) -> Tensor:
     return torch.cat(points, dim=1)
 
 
-def fitted(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return points moved and scaled into [-1, 1], the longer side filling it, and the factor."""
+def fitted(points: Tensor) -> Tensor:
+    """Return points moved and scaled into [-1, 1], the longer side filling it."""
     low, high = points.amin(1, keepdim=True), points.amax(1, keepdim=True)
     factor = 2 / (high - low).amax(-1, keepdim=True).clamp(min=1e-6)
-    return (points - (low + high) / 2) * factor, factor
+    return (points - (low + high) / 2) * factor
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def render(draws: Draws, side: int) -> Tensor:
 
     Each fractal of a picture is drawn over those before it, on the first one's ground; in colour if the first one is.
     """
-    points, _ = fitted(walk(draws.maps, draws.shares, draws.steps))
+    points = fitted(walk(draws.maps, draws.shares, draws.steps))
     kind = draws.pose[:, 0].long()[:, None, None]
     points = torch.where(kind % 2 == 1, points.flip(-1), points)
     signs = torch.stack([1 - 2 * (kind // 2 % 2), 1 - 2 * (kind // 4)], dim=-1).squeeze(1)

@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from timm.data import auto_augment
 
+from glattn.files import one_line
+
 IMAGES_A_PROCESS = 2000  # starting one takes as long as reading some hundreds
 
 
@@ -37,7 +39,7 @@ def read_image(source: str | Path | IO[bytes] | Image.Image) -> Image.Image:
             with Image.open(source) as image:
                 return _to_rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise BadImageError(one_line(error)) from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

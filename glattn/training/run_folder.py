@@ -22,7 +22,7 @@ from PIL import Image
 from glattn.files import plain, user_path, write_text
 from glattn.provenance import commit
 from glattn.training.config import TrainConfig
-from glattn.training.data import Source
+from glattn.training.data import Source, check_run_folder
 from glattn.training.figures import save_figure
 from glattn.training.validation import Predictions
 
@@ -57,10 +57,11 @@ def claim(config: TrainConfig, claimed: contextlib.ExitStack) -> Path:
     """Choose a run's folder, and keep it from other processes until the stack is closed.
 
     Raises:
-        ValueError: The folder asked for holds another run, or another process trains there.
+        ValueError: The folder asked for holds another run or lies among the classes, or another process trains there.
     """
     while True:
         folder = choose_folder(config)
+        check_run_folder(config, folder)
         claimed.enter_context(_locked(folder))
         if config.resume or choose_folder(config) == folder:  # no other run has come and gone there meanwhile
             return folder
