@@ -150,7 +150,7 @@ def test_what_it_refuses_is_one_line(ours, timms, photo, tmp_path, capsys):
     assert "a folder" in fail(capsys, tmp_path, "--model", ours)
     assert "no such checkpoint" in fail(capsys, photo, "--model", "glattn_atom")
     assert "config.json" in fail(capsys, photo, "--model", f"local-dir:{tmp_path}")
-    assert "neither config.json" in fail(capsys, photo, "--model", tmp_path)
+    assert "neither best/config.json" in fail(capsys, photo, "--model", tmp_path)
     assert "--top 0" in fail(capsys, photo, "--model", ours, "--top", 0)
     for size in (0, 100_000):
         assert f"--size {size}: 1 to" in fail(capsys, photo, "--model", ours, "--size", size)

@@ -68,9 +68,9 @@ def test_killed_again_and_again(reference, images, tmp_path):
         (runs.die_in_batch, (2,), None),  # before the first checkpoint: it starts anew
         (runs.die_writing_state, (3,), None),  # the epoch's last, after its model was exported
         (runs.die_in_validation, (1,), "epoch 0, step 2"),
-        (runs.die_moving, (7, "before"), "epoch 0, step 2"),  # saved, but metrics.csv not written
+        (runs.die_moving, (8, "before"), "epoch 0, step 2"),  # saved, but metrics.csv not written
         (runs.die_in_batch, (4,), "epoch 1, step 0"),  # with half a step's gradient accumulated
-        (runs.die_moving, (5, "after"), "epoch 1, step 1"),  # new weights in best/ beside the metrics of the old
+        (runs.die_moving, (6, "after"), "epoch 1, step 1"),  # new weights in best/ beside the metrics of the old
     ):
         ended = runs.run(folder, *RICH, images, "resume=auto", hook=hook, arguments=arguments)
         assert ended.status == -9, ended.output

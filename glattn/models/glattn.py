@@ -191,7 +191,7 @@ class GLAttn(nn.Module):
         num_classes = as_integer("num_classes", num_classes, 0)
         if global_pool is not None:
             check_choice("global_pool", global_pool, POOLS)
-        check_pooled(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
+            check_pooled(num_classes, global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
