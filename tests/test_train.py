@@ -843,9 +843,9 @@ def wrong_teacher(tmp_path_factory):
 
 @pytest.mark.parametrize("distill", ["logits", "features"])
 def test_a_teacher_of_one_size_takes_the_images_size(images, tmp_path, distill):
-    path, teacher = tmp_path / "teacher.safetensors", timm.create_model("test_vit", num_classes=3)
-    save_weights(teacher, path)
-    given = [f"{key}={value}" for key, value in QUICK.items()] + [f"teacher_checkpoint={path}", "teacher=test_vit"]
+    path, teacher = tmp_path / "teacher.safetensors", "vit_tiny_patch16_224"
+    save_weights(timm.create_model(teacher, num_classes=3), path)
+    given = [f"{key}={value}" for key, value in QUICK.items()] + [f"teacher_checkpoint={path}", f"teacher={teacher}"]
     assert main(["train", "--data", str(images), f"run={tmp_path / 'run'}", f"distill={distill}", *given]) == 0
 
 
