@@ -291,14 +291,14 @@ def test_performer_does_not_overflow():
         assert out.abs().max() <= v.abs().max() * 1.001
 
 
-# Linformer
-
-
 def test_performers_weights_sum_to_one_however_large_queries_are():
     attn, (q, k, _) = made("performer"), qkv()
     for scale in (1, 10, 20):
         out = attn(scale * q, scale * k, torch.ones_like(q), None, None)
         torch.testing.assert_close(out, torch.ones_like(out))
+
+
+# Linformer
 
 
 def test_linformers_keys_are_those_that_a_window_sees():

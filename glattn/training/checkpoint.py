@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from glattn.files import mode, one_line, sync
+from glattn.files import one_line, sync
 from glattn.hub.local_dir import save_model
 
 _logger = logging.getLogger(__name__)
@@ -142,7 +142,6 @@ def export(
             raise OSError(f"cannot write {folder}: {error}") from None
         (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         for path in made.iterdir():
-            os.chmod(path, mode())  # safetensors writes for the owner alone
             sync(path)
         if folder.exists():
             for name in ("config.json", "model.safetensors", "metrics.json"):
