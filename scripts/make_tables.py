@@ -29,9 +29,9 @@ from glattn.models.weights import HUB
 from glattn.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-# folders of speed that docs/results.md shows: sizes beside their peers, on AMD, on Intel, and two of them on a GPU
+# folders of speed that docs/results.md shows: sizes beside their peers, on AMD and on Intel
 CLASSES = ("atto", "pico", "nano", "tiny", "small")
-PEERED = (*CLASSES, *(f"intel-{size}" for size in CLASSES), "gpu-atto", "gpu-tiny")
+PEERED = (*CLASSES, *(f"intel-{size}" for size in CLASSES))
 # folders of run_proxies.py's runs, the size that is compared there, and the folder of the speeds beside it
 DRAWINGS = {
     "icons100": ("atto", "speed-atto"),
@@ -162,6 +162,24 @@ def speed(*sizes: str) -> str:
         rows.append([f"{bold}`{name}`{bold}", *cells])
     shown = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return markdown([head[i] for i in shown], [[row[i] for i in shown] for row in rows]) + place(measured)
+
+
+def gpu(size: str) -> str:
+    """Return how fast a size and its peers are on a GPU, eager and as a CUDA graph, and their memory at most."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    measured = read(f"speed-gpu-{size}/rows.csv")
+    for row in measured:
+        found.setdefault(row["model"], {})[f"{row['engine']} {row['batch']}"] = row
+    largest = f"eager {max(int(row['batch']) for row in measured)}"
+    cases = [f"{engine} {batch}" for engine in ("graph", "eager") for batch in (1, 8)]
+    head = ["model", "parameters (M)", "GMACs", *cases, largest, "share there", "MB there"]
+    rows = []
+    for name, of_model in sorted(found.items(), key=lambda item: -float(item[1][largest]["ratio"])):
+        bold, there = "**" if name.startswith("glattn") else "", of_model[largest]
+        cells = [f"{bold}`{name}`{bold}", f"{float(there['params_m']):.1f}", f"{float(there['gmacs']):.2f}"]
+        cells += [f"{float(of_model[case]['ratio']):.2f}" if case in of_model else "" for case in [*cases, largest]]
+        rows.append([*cells, f"{float(there['share_of_matmul']):.1%}", f"{float(there['peak_mb']):.0f}"])
+    return markdown(head, rows) + place(measured)
 
 
 def ratios(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str], str]:
@@ -484,6 +502,8 @@ def results() -> str:
     text = (ROOT / "docs" / "results.md").read_text()
     for size in PEERED:
         text = fill(text, f"speed-{size}", speed(size))
+    for size in ("atto", "tiny"):
+        text = fill(text, f"speed-gpu-{size}", gpu(size))
     tables = {
         "speed-larger": speed("base", "large"),
         "speed-intel-larger": speed("intel-base", "intel-large"),
