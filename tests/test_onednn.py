@@ -43,8 +43,15 @@ def calls(monkeypatch):
     if real is None:
         pytest.skip("oneDNN's operators are not used here")
 
-    def counting(name):
-        return lambda *given: called.append(name) or getattr(real, name)(*given)
+    def counting(name, overload=""):
+        def call(*given):
+            called.append(f"{name}.{overload}".rstrip("."))
+            packet = getattr(real, name)
+            return (getattr(packet, overload) if overload else packet)(*given)
+
+        if not overload:
+            call.binary = counting(name, "binary")
+        return call
 
     monkeypatch.setattr(onednn, "_ONEDNN", SimpleNamespace(**{name: counting(name) for name in onednn._OPERATORS}))
     return called
@@ -172,6 +179,91 @@ def test_a_map_of_other_channels_is_refused_as_torch_does(kind):
     conv, x = wide(kind)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"channels|shapes"):
         conv(x[:, :96].contiguous(memory_format=torch.channels_last))
+
+
+# what a folded convolution computes besides: a ReLU, a sum
+
+
+THEN = {
+    "relu": (True, None),
+    "a sum": (False, lambda y: torch.randn_like(y).to(memory_format=torch.channels_last)),
+    "a sum in NCHW": (False, lambda y: torch.randn_like(y).contiguous()),
+    "a sum of a wider type": (False, lambda y: torch.randn_like(y).double()),
+    "a sum with one image": (False, lambda y: torch.randn_like(y[:1]).to(memory_format=torch.channels_last)),
+    "both": (True, lambda y: torch.randn_like(y).to(memory_format=torch.channels_last)),
+}
+WHERE = {
+    "inference": torch.no_grad()(lambda conv, x, *added: used(conv, x)(x, *added)),
+    "gradients": lambda conv, x, *added: conv(x, *added).detach(),
+    "NCHW": torch.no_grad()(lambda conv, x, *added: conv(x.contiguous(), *added)),
+    "float64": torch.no_grad()(lambda conv, x, *added: conv.double()(x.double(), *added).float()),
+    "script": torch.no_grad()(lambda conv, x, *added: torch.jit.script(conv)(x, *added)),
+    "export": torch.no_grad()(lambda conv, x, *added: torch.export.export(conv, (x, *added)).module()(x, *added)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:The TorchScript type system")
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("then", THEN)
+@pytest.mark.parametrize("kind", FOLDED)
+def test_what_is_behind_a_folded_convolution_is_computed_with_it(kind, then, where):
+    conv, x = wide(kind)
+    conv.relu, make = THEN[then]
+    wanted = convolved(conv, x).detach()
+    wanted = wanted.relu() if conv.relu else wanted
+    added = () if make is None else (make(wanted),)
+    if added:
+        wanted = wanted + added[0]
+    close(WHERE[where](conv, x, *added).double(), wanted.double())
+
+
+def test_a_folded_blocks_relu_and_sums_take_no_pass_of_their_own(calls):
+    block = reparameterize_model(nn.Sequential(timm.create_model("glattn_atto").stages[0].blocks[0])).eval()
+    block, x = (m.to(memory_format=torch.channels_last) for m in (block, torch.randn(1, 32, 56, 56)))
+    with torch.no_grad():
+        used(block, x)
+        calls.clear()
+        with torch.profiler.profile() as profile:
+            block(x)
+    # fc1's and its ReLU; proj's and fc2's, and what they are added to
+    assert [calls.count(f"_linear_pointwise{overload}") for overload in ("", ".binary")] == [1, 2]
+    passes = [event.name for event in profile.events() if event.name in ("aten::add", "aten::relu_", "aten::relu")]
+    assert passes == ["aten::relu", "aten::add"]  # the gate's on one cell, and the sum of the branches
+
+
+def test_a_relu_given_later_is_seen():
+    conv, x = wide("folded pointwise")
+    with torch.no_grad():
+        used(conv, x)
+        conv.relu = True
+        close(conv(x), convolved(conv, x).relu())
+
+
+def test_a_folded_block_in_training_drops_as_before():
+    model = timm.create_model("test_glattn", drop_path_rate=0.9, proj_drop=0.5)
+    folded, x = reparameterize_model(model.eval()), torch.randn(4, 3, 64, 64)
+    block = folded.stages[-1].blocks[-1]
+    features = torch.randn(4, folded.num_features, 2, 2)
+    assert torch.equal(block(features), block(features))
+    folded.train()
+    torch.manual_seed(0)
+    kept = [torch.equal(out, image) for out, image in zip(block(features), features, strict=True)]
+    assert any(kept)
+    with torch.no_grad():
+        assert not torch.equal(folded(x), folded(x))
+
+
+def test_a_projection_put_into_a_folded_block_takes_its_map_alone():
+    model, x = folded_model()
+    block = model.stages[0].blocks[0]
+    with torch.no_grad():
+        expected = model(x)
+        for owner, name in ((block.mixer, "proj"), (block.mlp, "fc2")):
+            conv = getattr(owner, name)
+            other = nn.Conv2d(conv.in_channels, conv.out_channels, 1)
+            other.load_state_dict(conv.state_dict())
+            setattr(owner, name, other)
+        close(model(x), expected)
 
 
 # what a folded convolution keeps

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from glattn.config import MixerConfig
 from glattn.layers.attention import MultiHeadGlobalAttention
 from glattn.layers.context import CONTEXTS
-from glattn.layers.conv import ConvNorm, activate_in_place, activation, scale_output
+from glattn.layers.conv import ConvNorm, activation, fold_activation, scale_output
+from glattn.layers.conv2d import FoldedConv
 from glattn.layers.fusion import FUSIONS
 from glattn.layers.local import LOCALS
 
@@ -58,11 +59,15 @@ class GlobalLocalAttention(nn.Module):
         self.proj = ConvNorm(self.fusion.out_dim, dim, **factory)
         self.proj_drop = nn.Dropout(config.proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the mixed map."""
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return the mixed map, and its sum with another if that is given."""
         local, globe = self.fusion.split(x)
         out = self.context(self.fusion(self.local(local), self.attn(globe)))
-        return self.proj_drop(self.proj(out))
+        if not torch.jit.is_scripting():
+            if added is not None and not self.training and isinstance(self.proj, FoldedConv):
+                return self.proj(out, added)
+        out = self.proj_drop(self.proj(out))
+        return out if added is None else out + added
 
 
 class Mlp(nn.Module):
@@ -80,14 +85,19 @@ class Mlp(nn.Module):
         self.act = activation(act_layer, **factory)
         self.fc2 = ConvNorm(hidden_dim, dim, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the transformed map."""
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return the transformed map, and its sum with another if that is given."""
+        out = self.act(self.fc1(x))
+        if not torch.jit.is_scripting():
+            if added is not None and isinstance(self.fc2, FoldedConv):
+                return self.fc2(out, added)
+        out = self.fc2(out)
+        return out if added is None else out + added
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Activate in place."""
-        activate_in_place(self.act)
+        """Fold the activation into the convolution before it, in place."""
+        self.fc1, self.act = fold_activation(self.fc1, self.act)
 
 
 class GlobalLocalBlock(nn.Module):
@@ -118,9 +128,13 @@ class GlobalLocalBlock(nn.Module):
         self.mlp = mlp
         self.ls2 = LayerScale2d(dim, layer_scale, **factory) if layer_scale else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.folded = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's map."""
+        if self.folded and not self.training:  # what ends a branch adds the map that it is of, in the same pass
+            x = self.mixer(x, x)
+            return self.mlp(x, x)
         x = x + self.drop_path1(self.ls1(self.mixer(x)))
         return x + self.drop_path2(self.ls2(self.mlp(x)))
 
@@ -132,3 +146,4 @@ class GlobalLocalBlock(nn.Module):
         if isinstance(self.ls2, LayerScale2d):
             scale_output(self.mlp.fc2, self.ls2.gamma)
         self.ls1, self.ls2 = nn.Identity(), nn.Identity()
+        self.folded = True

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Convolve = Callable[[Tensor], Tensor]
+Convolve = Callable[[Tensor, Tensor | None], Tensor]  # of a map, and what is added to the answer
 
 _OPERATORS = (
     "_linear_pointwise",
@@ -61,14 +61,38 @@ def takes(x: Tensor) -> bool:
     )
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the matrix product of each cell with an ``(out, in)`` weight."""
-    product: Tensor = _ONEDNN._linear_pointwise(x.permute(0, 2, 3, 1), weight, bias, "none", [], "")
-    return product.permute(0, 3, 1, 2)
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False, added: Tensor | None = None
+) -> Tensor:
+    """Return the matrix product of each cell with an ``(out, in)`` weight, rectified, or with a map added to it."""
+    rows = x.permute(0, 2, 3, 1)
+    if added is not None and not relu and _is_alike(added, x, weight.shape[0]):
+        total: Tensor = _ONEDNN._linear_pointwise.binary(rows, added.permute(0, 2, 3, 1), weight, bias, "add")
+        return total.permute(0, 3, 1, 2)
+    product: Tensor = _ONEDNN._linear_pointwise(rows, weight, bias, _THEN[relu], [], "")
+    return _plus(product.permute(0, 3, 1, 2), added)
 
 
-def prepare(conv: nn.Conv2d, shape: Sequence[int], product: bool) -> tuple[Convolve, int]:
-    """Return what convolves maps of this shape, and how many bytes it keeps of the weight.
+_THEN = {False: "none", True: "relu"}
+
+
+def _is_alike(added: Tensor, x: Tensor, channels: int) -> bool:
+    """Tell whether a map is a plain one of the product's type, shape and memory format."""
+    return (
+        type(added) is Tensor
+        and added.dtype == x.dtype
+        and added.shape == (x.shape[0], channels, x.shape[2], x.shape[3])
+        and added.is_contiguous(memory_format=torch.channels_last)
+        and added.is_cpu
+    )
+
+
+def _plus(out: Tensor, added: Tensor | None) -> Tensor:
+    return out if added is None else out + added
+
+
+def prepare(conv: nn.Conv2d, shape: Sequence[int], product: bool, *, relu: bool) -> tuple[Convolve, int]:
+    """Return what convolves maps of this shape, and rectifies, and how many bytes it keeps of the weight.
 
     A matrix product takes maps of any shape. With its weight laid out for another shape, a convolution of more cells
     than one can take twenty times as long.
@@ -76,12 +100,12 @@ def prepare(conv: nn.Conv2d, shape: Sequence[int], product: bool) -> tuple[Convo
     bias = conv.bias
     if product:
         laid_out = _ONEDNN._reorder_linear_weight(conv.weight.flatten(1))
-        return lambda x: multiply(x, laid_out, bias), _ONEDNN._nbytes(laid_out)
+        return lambda x, added: multiply(x, laid_out, bias, relu=relu, added=added), _ONEDNN._nbytes(laid_out)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
     laid_out = _ONEDNN._reorder_convolution_weight(conv.weight, *geometry, shape)
 
-    def convolve(x: Tensor) -> Tensor:
-        out: Tensor = _ONEDNN._convolution_pointwise(x, laid_out, bias, *geometry, "none", [], "")
-        return out
+    def convolve(x: Tensor, added: Tensor | None) -> Tensor:
+        out: Tensor = _ONEDNN._convolution_pointwise(x, laid_out, bias, *geometry, _THEN[relu], [], "")
+        return _plus(out, added)
 
     return convolve, _ONEDNN._nbytes(laid_out)
