@@ -9,7 +9,7 @@ from models import randomize, relative
 from torch import nn
 from torch.nn import functional as F
 
-from glattn.benchmark import command, contestant, machine, rows, session
+from glattn.benchmark import command, contestant, machine, rows, session, timing
 from glattn.benchmark.contestant import Case, create, prepare
 from glattn.benchmark.cost import count_macs, measure_growth
 from glattn.benchmark.folding import fold
@@ -533,3 +533,10 @@ def test_a_probe_that_does_not_begin_is_no_word_on_formats(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match=r"did not begin: .*broken here"):
         survived("test_resnet", Case("train", "fp32", "eager", 1, 64))
+
+
+def test_a_disturbed_step_does_not_tell_how_long_one_takes(monkeypatch):
+    seconds = iter([0.2, 0.1, 0.01, 0.03, 0.3, 9.0])
+    monkeypatch.setattr(timing, "time_step", lambda step, repeats, synchronize: next(seconds))
+    assert timing.warm_up(lambda: None, lambda: None)[1] == 0.01
+    assert next(seconds) == 9.0  # half a second of steps is enough

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+_WARM = 8  # steps at most that tell how long one takes
 Step = Callable[[], None]
 K = TypeVar("K")
 
@@ -50,8 +51,10 @@ def warm_up(step: Step, synchronize: Step) -> tuple[float, float]:
     """Return seconds until a step runs at its speed (compilation among them), and about how many it then takes."""
     start = time.perf_counter()
     step()
-    single = min(time_step(step, 1, synchronize) for _ in range(2))
-    return time.perf_counter() - start, single
+    singles = [time_step(step, 1, synchronize) for _ in range(2)]
+    while len(singles) < _WARM and sum(singles) < 0.5:  # short steps are disturbed more
+        singles.append(time_step(step, 1, synchronize))
+    return time.perf_counter() - start, min(singles)
 
 
 def take_turns(
