@@ -153,13 +153,10 @@ def speed(*sizes: str) -> str:
     shares = [float(cases["infer 8"]["share_of_matmul"] or 0) for cases in found.values()]
     share = ".0%" if max(shares) > 0.1 else ".1%"
     for name, cases in sorted(found.items(), key=lambda item: -float(item[1]["infer 8"]["ratio"] or 0)):
-        bold = "**" if name.startswith("glattn") else ""
         columns = (("infer 8", "params_m", ".1f"), ("infer 8", "gmacs", ".2f"), ("infer 1", "ratio", ".2f"),
                    ("infer 8", "ratio", ".2f"), ("infer 8", "share_of_matmul", share),
                    ("train 8", "ratio", ".2f"))  # fmt: skip
-        values = [(cases.get(case, {}).get(field), form) for case, field, form in columns]
-        cells = [format(float(value), form) if value else "" for value, form in values]
-        rows.append([f"{bold}`{name}`{bold}", *cells])
+        rows.append(measured_cells(name, cases, columns))
     shown = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return markdown([head[i] for i in shown], [[row[i] for i in shown] for row in rows]) + place(measured)
 
@@ -174,12 +171,19 @@ def gpu(size: str) -> str:
     cases = [f"{engine} {batch}" for engine in ("graph", "eager") for batch in (1, 8)]
     head = ["model", "parameters (M)", "GMACs", *cases, largest, "share there", "MB there"]
     rows = []
-    for name, of_model in sorted(found.items(), key=lambda item: -float(item[1][largest]["ratio"])):
-        bold, there = "**" if name.startswith("glattn") else "", of_model[largest]
-        cells = [f"{bold}`{name}`{bold}", f"{float(there['params_m']):.1f}", f"{float(there['gmacs']):.2f}"]
-        cells += [f"{float(of_model[case]['ratio']):.2f}" if case in of_model else "" for case in [*cases, largest]]
-        rows.append([*cells, f"{float(there['share_of_matmul']):.1%}", f"{float(there['peak_mb']):.0f}"])
+    columns = [(largest, "params_m", ".1f"), (largest, "gmacs", ".2f")]
+    columns += [(case, "ratio", ".2f") for case in (*cases, largest)]
+    columns += [(largest, "share_of_matmul", ".1%"), (largest, "peak_mb", ".0f")]
+    for name, of_model in sorted(found.items(), key=lambda item: -float(item[1].get(largest, {}).get("ratio") or 0)):
+        rows.append(measured_cells(name, of_model, columns))
     return markdown(head, rows) + place(measured)
+
+
+def measured_cells(name: str, cases: dict[str, dict[str, str]], columns: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Return a model's name, ours in bold, and (case, field, format) of its rows; blank where that is not there."""
+    bold = "**" if name.startswith("glattn") else ""
+    values = [(cases.get(case, {}).get(field), form) for case, field, form in columns]
+    return [f"{bold}`{name}`{bold}", *(format(float(value), form) if value else "" for value, form in values)]
 
 
 def ratios(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str], str]:

@@ -540,3 +540,5 @@ def test_a_disturbed_step_does_not_tell_how_long_one_takes(monkeypatch):
     monkeypatch.setattr(timing, "time_step", lambda step, repeats, synchronize: next(seconds))
     assert timing.warm_up(lambda: None, lambda: None)[1] == 0.01
     assert next(seconds) == 9.0  # half a second of steps is enough
+    seconds = iter([0.01] * 8 + [0.001])
+    assert timing.warm_up(lambda: None, lambda: None)[1] == 0.01  # and eight steps are

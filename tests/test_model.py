@@ -186,10 +186,8 @@ def test_activations_are_in_place_where_training_copies_nothing_for_it(act_layer
     assert (1, hidden) not in [shape[:2] for shape in copied]
     assert (1, model.stem.inner_dim, 32, 32) not in copied
     folded = reparameterize_model(model.eval())
-    mlp = folded.stages[0].blocks[0].mlp
-    for conv, act in ((folded.stem.conv1, folded.stem.act), (mlp.fc1, mlp.act)):
-        assert conv.relu is (act_layer == "relu")
-        assert isinstance(act, torch.nn.Identity) if conv.relu else getattr(act, "inplace", act_layer == "gelu")
+    for act in (folded.stem.act, folded.stages[0].blocks[0].mlp.act):
+        assert getattr(act, "inplace", act_layer == "gelu")
 
 
 def test_memory_format_is_kept_and_nothing_is_copied():

@@ -193,33 +193,39 @@ THEN = {
     "both": (True, lambda y: torch.randn_like(y).to(memory_format=torch.channels_last)),
 }
 WHERE = {
-    "inference": torch.no_grad()(lambda conv, x, *added: used(conv, x)(x, *added)),
-    "gradients": lambda conv, x, *added: conv(x, *added).detach(),
-    "NCHW": torch.no_grad()(lambda conv, x, *added: conv(x.contiguous(), *added)),
-    "float64": torch.no_grad()(lambda conv, x, *added: conv.double()(x.double(), *added).float()),
-    "script": torch.no_grad()(lambda conv, x, *added: torch.jit.script(conv)(x, *added)),
-    "export": torch.no_grad()(lambda conv, x, *added: torch.export.export(conv, (x, *added)).module()(x, *added)),
+    "inference": torch.no_grad()(lambda conv, x, *then: used(conv, x)(x, *then)),
+    "gradients": lambda conv, x, *then: conv(x, *then).detach(),
+    "NCHW": torch.no_grad()(lambda conv, x, *then: conv(x.contiguous(), *then)),
+    "float64": torch.no_grad()(lambda conv, x, *then: conv.double()(x.double(), *then).float()),
+    "script": torch.no_grad()(lambda conv, x, *then: torch.jit.script(conv)(x, *then)),
+    "export": torch.no_grad()(lambda conv, x, *then: torch.export.export(conv, (x, *then)).module()(x, *then)),
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:The TorchScript type system")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("then", THEN)
 @pytest.mark.parametrize("kind", FOLDED)
 def test_what_is_behind_a_folded_convolution_is_computed_with_it(kind, then, where):
     conv, x = wide(kind)
-    conv.relu, make = THEN[then]
+    relu, make = THEN[then]
     wanted = convolved(conv, x).detach()
-    wanted = wanted.relu() if conv.relu else wanted
-    added = () if make is None else (make(wanted),)
-    if added:
-        wanted = wanted + added[0]
-    close(WHERE[where](conv, x, *added).double(), wanted.double())
+    wanted = wanted.relu() if relu else wanted
+    added = None if make is None else make(wanted)
+    if added is not None:
+        wanted = wanted + added
+    close(WHERE[where](conv, x, added, relu).double(), wanted.double())
+
+
+def wide_block(**options):
+    """A folded block whose products are large, and a map."""
+    block = randomize(nn.Sequential(timm.create_model("glattn_atto", **options).stages[0].blocks[0]))
+    block = reparameterize_model(block.eval())
+    return (m.to(memory_format=torch.channels_last) for m in (block, torch.randn(1, 32, 56, 56)))
 
 
 def test_a_folded_blocks_relu_and_sums_take_no_pass_of_their_own(calls):
-    block = reparameterize_model(nn.Sequential(timm.create_model("glattn_atto").stages[0].blocks[0])).eval()
-    block, x = (m.to(memory_format=torch.channels_last) for m in (block, torch.randn(1, 32, 56, 56)))
+    block, x = wide_block()
     with torch.no_grad():
         used(block, x)
         calls.clear()
@@ -231,39 +237,74 @@ def test_a_folded_blocks_relu_and_sums_take_no_pass_of_their_own(calls):
     assert passes == ["aten::relu", "aten::add"]  # the gate's on one cell, and the sum of the branches
 
 
-def test_a_relu_given_later_is_seen():
-    conv, x = wide("folded pointwise")
+@pytest.mark.parametrize("name", ["mixer", "mixer.proj", "mixer.proj_drop", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2"])
+def test_hooks_on_parts_of_a_folded_block_see_what_those_compute(name):
+    block, x = wide_block()
+    seen = []
     with torch.no_grad():
-        used(conv, x)
-        conv.relu = True
-        close(conv(x), convolved(conv, x).relu())
+        expected = block(x)
+        mixed = x + block[0].mixer(x)
+        outputs = {
+            "mixer": mixed - x,
+            "mixer.proj": mixed - x,
+            "mixer.proj_drop": mixed - x,
+            "mlp": expected - mixed,
+            "mlp.fc1": convolved(block[0].mlp.fc1, mixed),
+            "mlp.act": convolved(block[0].mlp.fc1, mixed).relu(),
+            "mlp.fc2": expected - mixed,
+        }
+        block[0].get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+        close(block(x), expected)
+    close(seen[0], outputs[name])
 
 
-def test_a_folded_block_in_training_drops_as_before():
-    model = timm.create_model("test_glattn", drop_path_rate=0.9, proj_drop=0.5)
-    folded, x = reparameterize_model(model.eval()), torch.randn(4, 3, 64, 64)
-    block = folded.stages[-1].blocks[-1]
-    features = torch.randn(4, folded.num_features, 2, 2)
-    assert torch.equal(block(features), block(features))
-    folded.train()
-    torch.manual_seed(0)
-    kept = [torch.equal(out, image) for out, image in zip(block(features), features, strict=True)]
-    assert any(kept)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("fusion", ["sum", "global", "gated"])
+def test_a_folded_block_keeps_the_memory_format(fusion, memory_format):
+    block, x = wide_block(fusion=fusion)
     with torch.no_grad():
-        assert not torch.equal(folded(x), folded(x))
+        assert block(x.contiguous(memory_format=memory_format)).is_contiguous(memory_format=memory_format)
 
 
-def test_a_projection_put_into_a_folded_block_takes_its_map_alone():
-    model, x = folded_model()
-    block = model.stages[0].blocks[0]
+def test_dropout_of_a_folded_model_works_in_evaluation_where_it_is_asked_for():
+    block, x = wide_block(proj_drop=0.5)
     with torch.no_grad():
-        expected = model(x)
-        for owner, name in ((block.mixer, "proj"), (block.mlp, "fc2")):
-            conv = getattr(owner, name)
-            other = nn.Conv2d(conv.in_channels, conv.out_channels, 1)
-            other.load_state_dict(conv.state_dict())
-            setattr(owner, name, other)
-        close(model(x), expected)
+        assert torch.equal(block(x), block(x))
+        block[0].mixer.proj_drop.train()
+        assert not torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize("rates", [{"drop_path_rate": 0.9}, {"proj_drop": 0.5}])
+def test_a_folded_model_in_training_drops_as_before(rates):
+    model, x = reparameterize_model(timm.create_model("test_glattn", **rates).eval()), torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x))
+        model.train()
+        assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["mixer.proj", "mlp.fc1", "mlp.fc2"])
+def test_a_plain_convolution_put_into_a_folded_block_computes_the_same(name):
+    block, x = wide_block()
+    with torch.no_grad():
+        expected = block(x)
+        conv = block[0].get_submodule(name)
+        other = nn.Conv2d(conv.in_channels, conv.out_channels, 1)
+        other.load_state_dict(conv.state_dict())
+        block[0].set_submodule(name, other)
+        close(block(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("name", ["mixer", "mlp", "ls1", "drop_path2"])
+def test_what_takes_the_place_of_a_part_of_a_folded_block_takes_its_map_alone(name):
+    block, x = wide_block()
+    setattr(block[0], name, nn.Tanh())
+    mixer, mlp, ls1, drop_path2 = (getattr(block[0], part) for part in ("mixer", "mlp", "ls1", "drop_path2"))
+    with torch.no_grad():
+        y = x + ls1(mixer(x))
+        close(block(x), y + drop_path2(mlp(y)))
+        close(torch.jit.script(block)(x), block(x))
 
 
 # what a folded convolution keeps

@@ -52,9 +52,10 @@ def warm_up(step: Step, synchronize: Step) -> tuple[float, float]:
     start = time.perf_counter()
     step()
     singles = [time_step(step, 1, synchronize) for _ in range(2)]
+    seconds = time.perf_counter() - start
     while len(singles) < _WARM and sum(singles) < 0.5:  # short steps are disturbed more
         singles.append(time_step(step, 1, synchronize))
-    return time.perf_counter() - start, min(singles)
+    return seconds, min(singles)
 
 
 def take_turns(

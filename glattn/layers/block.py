@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glattn.config import MixerConfig
 from glattn.layers.attention import MultiHeadGlobalAttention
 from glattn.layers.context import CONTEXTS
-from glattn.layers.conv import ConvNorm, activation, fold_activation, scale_output
+from glattn.layers.conv import ConvNorm, activate_in_place, activation, is_watched, scale_output
 from glattn.layers.conv2d import FoldedConv
 from glattn.layers.fusion import FUSIONS
 from glattn.layers.local import LOCALS
@@ -60,14 +60,15 @@ class GlobalLocalAttention(nn.Module):
         self.proj_drop = nn.Dropout(config.proj_drop)
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """Return the mixed map, and its sum with another if that is given."""
+        """Return the mixed map, or its sum with another if that is given."""
         local, globe = self.fusion.split(x)
         out = self.context(self.fusion(self.local(local), self.attn(globe)))
         if not torch.jit.is_scripting():
-            if added is not None and not self.training and isinstance(self.proj, FoldedConv):
-                return self.proj(out, added)
+            if added is not None and isinstance(self.proj, FoldedConv):
+                if not (self.proj_drop.training or is_watched(self.proj, self.proj_drop)):
+                    return self.proj(out, added)
         out = self.proj_drop(self.proj(out))
-        return out if added is None else out + added
+        return out if added is None else added + out
 
 
 class Mlp(nn.Module):
@@ -86,18 +87,25 @@ class Mlp(nn.Module):
         self.fc2 = ConvNorm(hidden_dim, dim, **factory)
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """Return the transformed map, and its sum with another if that is given."""
-        out = self.act(self.fc1(x))
+        """Return the transformed map, or its sum with another if that is given."""
+        out = self.hidden(x)
         if not torch.jit.is_scripting():
-            if added is not None and isinstance(self.fc2, FoldedConv):
+            if added is not None and isinstance(self.fc2, FoldedConv) and not is_watched(self.fc2):
                 return self.fc2(out, added)
         out = self.fc2(out)
-        return out if added is None else out + added
+        return out if added is None else added + out
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return the activated map between the convolutions; folded, a ReLU is computed with the first of them."""
+        if not torch.jit.is_scripting():
+            if type(self.act) is nn.ReLU and isinstance(self.fc1, FoldedConv) and not is_watched(self.fc1, self.act):
+                return self.fc1(x, relu=True)
+        return self.act(self.fc1(x))
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Fold the activation into the convolution before it, in place."""
-        self.fc1, self.act = fold_activation(self.fc1, self.act)
+        """Activate in place."""
+        activate_in_place(self.act)
 
 
 class GlobalLocalBlock(nn.Module):
@@ -110,6 +118,8 @@ class GlobalLocalBlock(nn.Module):
         layer_scale: First value of the layer scale; 0 leaves it out.
         drop_path: Rate at which an image skips a branch in training.
     """
+
+    folded = False
 
     def __init__(
         self,
@@ -128,15 +138,27 @@ class GlobalLocalBlock(nn.Module):
         self.mlp = mlp
         self.ls2 = LayerScale2d(dim, layer_scale, **factory) if layer_scale else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.folded = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's map."""
-        if self.folded and not self.training:  # what ends a branch adds the map that it is of, in the same pass
-            x = self.mixer(x, x)
-            return self.mlp(x, x)
+        if not torch.jit.is_scripting():
+            if self.adds():
+                x = self.mixer(x, x)
+                return self.mlp(x, x)
         x = x + self.drop_path1(self.ls1(self.mixer(x)))
         return x + self.drop_path2(self.ls2(self.mlp(x)))
+
+    @torch.jit.ignore
+    def adds(self) -> bool:
+        """Tell whether what ends a branch is to add the block's map: once folded, with nothing in between to do."""
+        return (
+            self.folded
+            and not (self.drop_path1.training or self.drop_path2.training)
+            and type(self.mixer) is GlobalLocalAttention
+            and type(self.mlp) is Mlp
+            and type(self.ls1) is type(self.ls2) is nn.Identity
+            and not is_watched(self.mixer, self.mlp, self.ls1, self.ls2, self.drop_path1, self.drop_path2)
+        )
 
     @torch.jit.ignore
     def reparameterize(self) -> None:

@@ -161,18 +161,15 @@ def activation(act_layer: str, **factory: Any) -> nn.Module:
     return act.to(**factory)  # PReLU has a parameter
 
 
-def fold_activation(conv: nn.Module, act: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return a `ConvNorm` folded, computing the ReLU behind it, and nothing in that one's place.
-
-    Another activation stays, to overwrite what it is given, if it can.
-    """
-    folded_conv = conv.fuse() if isinstance(conv, ConvNorm) else conv
-    if type(act) is nn.ReLU and isinstance(folded_conv, FoldedConv):
-        folded_conv.relu = True
-        return folded_conv, nn.Identity()
+def activate_in_place(act: nn.Module) -> None:
+    """Make an activation overwrite what it is given, if it can, for inference."""
     if hasattr(act, "inplace"):
         act.inplace = True
-    return folded_conv, act
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Tell whether hooks look on when some modules are called, so that each is to be called for itself."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def num_groups(dim: int, groups: str | int) -> int:

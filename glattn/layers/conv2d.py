@@ -131,31 +131,34 @@ class StridedConv(nn.Conv2d):
 
 
 class FoldedConv(nn.Conv2d):
-    """torch's Conv2d in a folded model, with what stands behind it: a ReLU, or the sum with another map.
+    """torch's Conv2d in a folded model, asked at a call for what stands behind it as well: a ReLU, a sum.
 
-    In inference on x86 it leaves those to oneDNN (a sum, where it is a matrix product), and keeps its weight as that
+    In inference on x86 those are oneDNN's (a sum, where it is a matrix product), and it keeps its weight as that
     lays it out: a matrix product at once, others at the second map of one shape in a row; until the weight is another
     one, or moved, cast or changed. ``train`` and ``eval`` drop what is kept: call one after a change that torch does
     not count, through ``weight.data``, numpy, ``vector_to_parameters`` or ``torch.distributed.broadcast``.
     """
 
-    __constants__ = (*nn.Conv2d.__constants__, "relu")
     __jit_ignored_attributes__ = ("_prepared", "_seen")
-    relu = False  # set by `fold_activation`
     _prepared: tuple[Any, Any, onednn.Convolve, int, Any] | None = None
     _seen: Any = None
 
-    def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's name)
-        """Return the convolved ``(B, C, H, W)`` map, rectified if so folded, and the sum with another if given."""
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 (torch's name)
+        added: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """Return the convolved ``(B, C, H, W)`` map, rectified if so asked, and added to another if one is given."""
         if not torch.jit.is_scripting():
             if onednn.takes(input):
                 convolve = self.prepared(input)
                 if convolve is not None:
-                    return convolve(input, added)
+                    return convolve(input, added, relu)
         out = self.convolved(input)
-        if self.relu:
+        if relu:
             out = F.relu(out, inplace=True)
-        return out if added is None else out + added
+        return out if added is None else added + out
 
     def convolved(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return the convolved map alone."""
@@ -191,7 +194,7 @@ class FoldedConv(nn.Conv2d):
             if not product and self._seen != (of, shape):
                 self._seen = of, shape
                 return None
-            convolve, size = onednn.prepare(self, x.shape, product, relu=self.relu)
+            convolve, size = onednn.prepare(self, x.shape, product)
             # weight and bias are held on to, so that no others get their places in memory
             self._prepared = made = of, shape, convolve, size, (weight, weight.detach(), bias)
         return made[2]
@@ -200,9 +203,9 @@ class FoldedConv(nn.Conv2d):
     def key(self, weight: nn.Parameter, bias: Tensor | None, dtype: torch.dtype) -> tuple[Any, ...]:
         """Return what tells this convolution, of maps of a type, from any other that it may become."""
         tensors = (id(weight), weight.data_ptr(), weight._version, weight.shape, weight.stride())
-        added = bias if bias is None else (id(bias), bias.shape, bias.stride())
+        of_bias = bias if bias is None else (id(bias), bias.shape, bias.stride())
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
-        return dtype, tensors, weight.requires_grad and _steps, added, geometry, self.relu
+        return dtype, tensors, weight.requires_grad and _steps, of_bias, geometry
 
     @torch.jit.ignore
     def can_be_laid_out(self, x: Tensor) -> bool:
@@ -214,10 +217,6 @@ class FoldedConv(nn.Conv2d):
             and not isinstance(self.padding, str)
             and not is_misread(x, self.weight, self.stride, self.padding, self.dilation)
         )
-
-    def extra_repr(self) -> str:
-        """Return what is printed of it."""
-        return super().extra_repr() + (", relu=True" if self.relu else "")
 
     @torch.jit.ignore
     def kept_bytes(self) -> int:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Convolve = Callable[[Tensor, Tensor | None], Tensor]  # of a map, and what is added to the answer
+Convolve = Callable[
+    [Tensor, Tensor | None, bool], Tensor
+]  # of a map, what is added to the answer; and whether rectified
 
 _OPERATORS = (
     "_linear_pointwise",
@@ -61,19 +63,15 @@ def takes(x: Tensor) -> bool:
     )
 
 
-def multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False, added: Tensor | None = None
-) -> Tensor:
-    """Return the matrix product of each cell with an ``(out, in)`` weight, rectified, or with a map added to it."""
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None, relu: bool = False) -> Tensor:
+    """Return the matrix product of each cell with an ``(out, in)`` weight, rectified if so asked, or added to a map."""
     rows = x.permute(0, 2, 3, 1)
     if added is not None and not relu and _is_alike(added, x, weight.shape[0]):
         total: Tensor = _ONEDNN._linear_pointwise.binary(rows, added.permute(0, 2, 3, 1), weight, bias, "add")
         return total.permute(0, 3, 1, 2)
-    product: Tensor = _ONEDNN._linear_pointwise(rows, weight, bias, _THEN[relu], [], "")
-    return _plus(product.permute(0, 3, 1, 2), added)
-
-
-_THEN = {False: "none", True: "relu"}
+    product: Tensor = _ONEDNN._linear_pointwise(rows, weight, bias, "relu" if relu else "none", [], "")
+    out = product.permute(0, 3, 1, 2)
+    return out if added is None else added + out
 
 
 def _is_alike(added: Tensor, x: Tensor, channels: int) -> bool:
@@ -87,12 +85,8 @@ def _is_alike(added: Tensor, x: Tensor, channels: int) -> bool:
     )
 
 
-def _plus(out: Tensor, added: Tensor | None) -> Tensor:
-    return out if added is None else out + added
-
-
-def prepare(conv: nn.Conv2d, shape: Sequence[int], product: bool, *, relu: bool) -> tuple[Convolve, int]:
-    """Return what convolves maps of this shape, and rectifies, and how many bytes it keeps of the weight.
+def prepare(conv: nn.Conv2d, shape: Sequence[int], product: bool) -> tuple[Convolve, int]:
+    """Return what convolves maps of this shape, and how many bytes it keeps of the weight.
 
     A matrix product takes maps of any shape. With its weight laid out for another shape, a convolution of more cells
     than one can take twenty times as long.
@@ -100,12 +94,12 @@ def prepare(conv: nn.Conv2d, shape: Sequence[int], product: bool, *, relu: bool)
     bias = conv.bias
     if product:
         laid_out = _ONEDNN._reorder_linear_weight(conv.weight.flatten(1))
-        return lambda x, added: multiply(x, laid_out, bias, relu=relu, added=added), _ONEDNN._nbytes(laid_out)
+        return lambda x, added, relu: multiply(x, laid_out, bias, added, relu), _ONEDNN._nbytes(laid_out)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
     laid_out = _ONEDNN._reorder_convolution_weight(conv.weight, *geometry, shape)
 
-    def convolve(x: Tensor, added: Tensor | None) -> Tensor:
-        out: Tensor = _ONEDNN._convolution_pointwise(x, laid_out, bias, *geometry, _THEN[relu], [], "")
-        return _plus(out, added)
+    def convolve(x: Tensor, added: Tensor | None, relu: bool) -> Tensor:
+        out: Tensor = _ONEDNN._convolution_pointwise(x, laid_out, bias, *geometry, "relu" if relu else "none", [], "")
+        return out if added is None else added + out
 
     return convolve, _ONEDNN._nbytes(laid_out)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from glattn.config import GLAttnConfig
 from glattn.layers.block import GlobalLocalAttention, GlobalLocalBlock, Mlp
-from glattn.layers.conv import ConvNorm, activation, fold_activation
+from glattn.layers.conv import ConvNorm, activate_in_place, activation
 from glattn.layers.position import AbsolutePosition
 
 
@@ -51,8 +51,8 @@ class Stem(nn.Sequential):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Fold the activation into the convolution before it, in place."""
-        self.conv1, self.act = fold_activation(self.conv1, self.act)
+        """Activate in place."""
+        activate_in_place(self.act)
 
 
 class Stage(nn.Module):
