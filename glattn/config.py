@@ -206,9 +206,14 @@ def check_choice(name: str, value: object, allowed: Iterable[str], more: str = "
     allowed = tuple(allowed)
     if isinstance(value, str) and value in allowed:
         return
-    close = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}{f' {more}' if more else ''}{hint}")
+    choices = f"{', '.join(allowed)}{f' {more}' if more else ''}"
+    raise ValueError(f"{name}={value!r} is not one of {choices}{did_you_mean(str(value), allowed)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about a misspelt name, which asks for the closest known one; "" if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def as_rate(name: str, value: Any) -> float:
@@ -227,8 +232,7 @@ def as_integer(name: str, value: Any, least: int) -> int:
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
     """Return the message for a misspelt name: the closest known one, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {kind} {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
+    return f"unknown {kind} {name!r}" + (did_you_mean(name, known) or f"; known: {', '.join(known)}")
 
 
 def per_stage(name: str, value: Any, *, nested: bool = False) -> tuple[Any, ...]:

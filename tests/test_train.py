@@ -318,7 +318,7 @@ MISTAKES = {
     "lr=nan": "it must be a number",
     "hflip=yes": "hflip=True is a bool; it must be a number",
     "pretrained=1": "pretrained=1 is a int; it must be a true or false",
-    "freeze=stages_": "freeze='stages_': allowed is none or stem or stages or backbone; 'stages'?",
+    "freeze=stages_": "freeze='stages_': allowed is none or stem or stages or backbone; did you mean 'stages'?",
     "drop_rate=1.5": "drop_rate=1.5 is out of range: allowed is 0 to 1",
     "batch_size=0": "batch_size=0 is out of range",
     "workers=99999999999": "workers=99999999999 is out of range: allowed is 0 to 1024",

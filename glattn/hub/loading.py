@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import time
@@ -29,6 +28,7 @@ from timm.models._hub import hf_split
 from timm.models._registry import split_model_name_tag
 from torch import Tensor, nn
 
+from glattn.config import did_you_mean
 from glattn.files import one_line
 from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.glattn import GLAttn
@@ -69,9 +69,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     checkpoint_path = kwargs.pop("checkpoint_path", None)
     source, model_id = parse_model_name(model_name)
     if source is None and not is_model(split_model_name_tag(model_id)[0]):
-        close = difflib.get_close_matches(model_id, timm.list_models(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown model {model_name!r}{hint}")
+        raise ValueError(f"unknown model {model_name!r}{did_you_mean(model_id, timm.list_models())}")
     what = (_fetch(model_name, source, model_id, kwargs) if pretrained else None) or model_name
     with plain_errors(what):
         model = patiently(lambda: timm.create_model(model_name, pretrained, **kwargs))

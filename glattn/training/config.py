@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from glattn.config import did_you_mean
 from glattn.files import one_line, user_path
 
 OF_TEACHER = ("teacher_checkpoint", "distill", "distill_weight", "distill_temperature")
@@ -269,9 +269,8 @@ def _said_twice(node: yaml.Node | None) -> str:
 def _check_name(name: str, where: str) -> None:
     names = [item.name for item in dataclasses.fields(TrainConfig)]
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else "`glattn train --help` lists the keys"
-        raise ValueError(f"unknown key {name!r}{where}; {hint}")
+        hint = did_you_mean(name, names) or "; `glattn train --help` lists the keys"
+        raise ValueError(f"unknown key {name!r}{where}{hint}")
 
 
 def _describe(hint: Any) -> str:
@@ -303,8 +302,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             return "none"
         if value in get_args(hint):
             return value
-        close = difflib.get_close_matches(str(value), get_args(hint), n=1)
-        raise ValueError(f"{name}={value!r}: allowed is {_describe(hint)}" + (f"; {close[0]!r}?" if close else ""))
+        raise ValueError(f"{name}={value!r}: allowed is {_describe(hint)}{did_you_mean(str(value), get_args(hint))}")
     if get_origin(hint) is dict:
         if isinstance(value, dict):
             if strange := [key for key in value if not isinstance(key, str)]:
