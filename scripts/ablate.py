@@ -23,6 +23,7 @@ from glattn.benchmark.contestant import join_options, split_options
 from glattn.benchmark.machine import describe
 from glattn.benchmark.rows import read, same_place
 from glattn.cli import main as glattn
+from glattn.memory import keep_freed_memory
 from glattn.training.figures import save_figure
 
 WINDOWS = ["window", "window", "window", "full"]
@@ -105,9 +106,8 @@ def speed(args: argparse.Namespace, models: list[str]) -> dict[str, Row]:
     command = ["benchmark", *models, "--batch", "8", "--rounds", str(args.rounds), "--baseline", models[0]]
     if status := glattn([*command, "--out", str(folder), "--resume"]):
         raise SystemExit(status)
-    measured = same_place(
-        read(folder / "rows.csv"), describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    measured = same_place(read(folder / "rows.csv"), describe(device, kept=keep_freed_memory()))  # as the command did
     if failed := next((row for row in measured if row["model"] in models and row["error"]), None):
         raise ValueError(f"{failed['model']} has no speed: {failed['error']}")
     return {row["model"]: row for row in measured}

@@ -115,8 +115,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/deployment.csv"), help="CSV to write (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    rows, place = [], describe(torch.device("cpu"))
+    rows, place = [], describe(torch.device("cpu"), kept=keep_freed_memory())
     for name in args.models:
         torch.manual_seed(0)
         model = timm.create_model(name).eval()

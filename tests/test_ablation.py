@@ -56,8 +56,8 @@ def test_the_table_has_the_signs_of_the_design(tmp_path, monkeypatch):
         rows.write(folder / "rows.csv", [*here, *elsewhere])
         return 0
 
-    place = machine.describe(torch.device("cpu"))
-    monkeypatch.setattr(ablate, "describe", lambda device: place)
+    place = machine.describe(torch.device("cpu"), kept=True)
+    monkeypatch.setattr(ablate, "describe", lambda device, kept: place)
     monkeypatch.setattr(run_proxies.subprocess, "run", train)
     finished = {"val_top1": "50", "test_top1": "60"}
     monkeypatch.setattr(

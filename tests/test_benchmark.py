@@ -223,6 +223,19 @@ def test_resume_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
     assert len(_rows(tmp_path)) == 4
 
 
+def test_freed_memory_is_returned_where_asked_and_such_rows_stand_beside_others(tmp_path, monkeypatch):
+    kept, drawn = [], []
+    monkeypatch.setattr("glattn.memory.keep_freed_memory", lambda: kept.append(1) or True)
+    monkeypatch.setattr("glattn.benchmark.figures.draw_speed", lambda folder, given: drawn.append(given))
+    assert _run(tmp_path, "--freed-memory", "returned") == 0
+    assert kept == []
+    assert _run(tmp_path, "--resume") == 0
+    assert kept == [1]
+    assert [row["freed_memory"] for row in _rows(tmp_path)] == ["returned"] * 2 + ["kept"] * 2
+    returned, kept = (rows.places(given) for given in drawn)
+    assert returned == f"{kept}, freed memory returned"
+
+
 def test_every_model_has_room_for_its_compiled_programs(tmp_path, monkeypatch):
     """Beyond torch's limit for one class, the rest would run eager, and be called compiled."""
     rooms = []

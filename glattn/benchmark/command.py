@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="stop when this time is up; --resume goes on")
     parser.add_argument("--baseline", help="model that ratios are to (default: the class's ConvNeXt, or the first)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own)")
+    parser.add_argument(
+        "--freed-memory", choices=("kept", "returned"), default="kept",
+        help="kept for the next step, as in glattn's training, or returned to the system, as a process does by itself"
+        " (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--resume", action="store_true", help="keep rows of this commit, measure what is missing")
 
@@ -99,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     from glattn.benchmark.figures import draw_scaling, draw_speed
     from glattn.benchmark.session import Session, Settings
     from glattn.files import user_path
+    from glattn.memory import keep_freed_memory
 
     for name in ("rounds", "turn", "minutes", "threads"):
         value = getattr(args, name)
@@ -129,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     if path.exists() and not args.resume:
         raise ValueError(f"{path} holds rows already; add to them with --resume, or give another --out")
 
-    about = machine.describe(device)
+    about = machine.describe(device, kept=args.freed_memory == "kept" and keep_freed_memory())
     settings = Settings(args.rounds, args.turn, args.minutes, baseline)
     print(
         f"{about['machine']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "

@@ -16,8 +16,13 @@ from glattn.provenance import commit
 _SIDE = {"cpu": 2048, "cuda": 8192}
 
 
-def describe(device: torch.device) -> dict[str, str]:
-    """Return the machine, the versions and the commit that rows are written with; no path and no name of a host."""
+def describe(device: torch.device, *, kept: bool) -> dict[str, str]:
+    """Return the machine, the versions and the commit that rows are written with; no path and no name of a host.
+
+    Args:
+        device: What is measured.
+        kept: This process keeps the memory that it frees, see `keep_freed_memory`.
+    """
     import timm
 
     import glattn
@@ -28,6 +33,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "capability": "" if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "freed_memory": "kept" if kept else "returned",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,

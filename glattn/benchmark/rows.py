@@ -18,9 +18,10 @@ FIELDS = (
     "images_per_second", "images_per_second_low", "images_per_second_high", "milliseconds", "rounds", "repeats",
     "warm_up_seconds", "gmacs_per_second", "matmul_gmacs_per_second", "share_of_matmul", "held_mb", "peak_mb",
     "baseline", "ratio", "ratio_low", "ratio_high",
-    "device", "machine", "cores", "threads", "capability", "python", "torch", "timm", "glattn", "commit", "error",
+    "device", "machine", "cores", "threads", "capability", "freed_memory",
+    "python", "torch", "timm", "glattn", "commit", "error",
 )  # fmt: skip
-_PLACE = ("device", "machine", "cores", "threads", "capability", "torch", "timm")
+_PLACE = ("device", "machine", "cores", "threads", "capability", "freed_memory", "torch", "timm")
 _KEY = ("model", "task", "precision", "engine", "batch", "pixels", *_PLACE)
 
 
@@ -30,16 +31,20 @@ def key(row: Row) -> tuple[str, ...]:
 
 
 def same_place(rows: Iterable[Row], about: Row) -> list[Row]:
-    """Return the rows of one machine and its libraries."""
+    """Return the rows of one machine, its libraries and what it does with freed memory."""
     return [row for row in rows if all(row[name] == about[name] for name in _PLACE)]
 
 
 def places(rows: Iterable[Row]) -> str:
     """Return the machines that rows were measured on, in words."""
-    found = dict.fromkeys((row["device"], row["threads"], row["machine"], row["capability"]) for row in rows)
+    kinds = ("device", "threads", "machine", "capability", "freed_memory")
     return ", ".join(
-        name if device == "cuda" else f"{threads} threads of {name}" + (f" ({kind})" if kind else "")
-        for device, threads, name, kind in found
+        name
+        if device == "cuda"
+        else f"{threads} threads of {name}"
+        + (f" ({capability})" if capability else "")
+        + (", freed memory returned" if freed == "returned" else "")
+        for device, threads, name, capability, freed in dict.fromkeys(tuple(row[k] for k in kinds) for row in rows)
     )
 
 

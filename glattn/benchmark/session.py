@@ -21,7 +21,6 @@ from glattn.benchmark.peers import PEERS, SIZES
 from glattn.benchmark.probe import usable_formats
 from glattn.benchmark.rows import Row
 from glattn.benchmark.timing import Spread, Step, take_turns, warm_up
-from glattn.memory import keep_freed_memory
 
 _PRODUCT = ("matrix product", "")
 _CLOSE = 1.5  # a memory format so many times slower when warming up takes no turns
@@ -79,7 +78,6 @@ class Session:
                 continue
             if any(table.key(row) == table.key(self._head(row["model"], case)) for case in cases):
                 raise ValueError(f"{self.path}: ratios of {row['model']} are to {row['baseline']}; give another --out")
-        keep_freed_memory()
         for case in cases:
             wanted = {table.key(self._head(name, case)) for name in names}
             kept = [row for row in self.rows if table.key(row) in wanted and self._stays(row)]
