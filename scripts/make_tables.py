@@ -190,6 +190,21 @@ def ratios(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str], str]:
     return {(name, case): f"{float(ratio):.2f}" for name, case, ratio in found if ratio}
 
 
+def returned() -> str:
+    """Return speeds as multiples of each class's ConvNeXt where processes keep freed memory and where they do not."""
+    rows, measured = [], []
+    for size in CLASSES:
+        kinds = [read(f"speed-{kind}-{size}/rows.csv") for kind in ("intel", "returned")]
+        speeds = [ratios(of_kind) for of_kind in kinds]
+        measured += [row for of_kind in kinds for row in of_kind]
+        for name in dict.fromkeys(row["model"] for row in kinds[1] if row["model"] != row["baseline"]):
+            cells = [of_kind.get((name, case), "") for case in CASES[:2] for of_kind in speeds]
+            bold = "**" if name.startswith("glattn") else ""
+            rows.append([size, f"{bold}`{name}`{bold}", *cells])
+    head = [f"batch {batch}, {kind}" for batch in (1, 8) for kind in ("kept", "returned")]
+    return markdown(["class", "model", *head], rows) + place(measured)
+
+
 def modes(folder: str) -> str:
     """Return what compilation and bfloat16 gain each model over its own eager fp32, images a second."""
     found: dict[tuple[str, str], dict[str, float]] = {}
@@ -509,6 +524,7 @@ def results() -> str:
     tables = {
         "speed-larger": speed("base", "large"),
         "speed-intel-larger": speed("intel-base", "intel-large"),
+        "speed-returned": returned(),
         "scaling": scaling(),
         "deployment": deployment(),
         "modes": modes("speed-modes"),
