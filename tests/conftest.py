@@ -1,4 +1,4 @@
-"""Shared fixtures: a seed a test, one thread (the suite's processes share few cores), and golden files' renewal."""
+"""Shared fixtures: a seed a test, one thread (processes share few cores), nothing compiled; golden files' renewal."""
 
 import pytest
 import torch
@@ -19,6 +19,12 @@ def _seed():
 def _fresh_accelerator():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)  # precision is the process's, not the run's
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled(request):
+    if request.node.get_closest_marker("compile"):
+        torch.compiler.reset()  # beyond torch's limit of programs for one class, its next models would run eager
 
 
 @pytest.fixture

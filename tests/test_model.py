@@ -267,7 +267,6 @@ def test_exported_programs_take_any_batch_and_size(kind, fold):
 @pytest.mark.compile
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_models_are_one_graph(kind):
-    torch._dynamo.reset()
     model = randomize(timm.create_model("test_glattn", num_classes=5, img_size=64, **KINDS[kind]))
     for net in (model, reparameterize_model(model)):
         compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -279,7 +278,6 @@ def test_compiled_models_are_one_graph(kind):
 
 @pytest.mark.compile
 def test_inductor_gives_the_same_numbers():
-    torch._dynamo.reset()
     model = reparameterize_model(randomize(timm.create_model("test_glattn", num_classes=5)))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
