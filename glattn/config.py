@@ -210,9 +210,9 @@ def check_choice(name: str, value: object, allowed: Iterable[str], more: str = "
     raise ValueError(f"{name}={value!r} is not one of {choices}{did_you_mean(str(value), allowed)}")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return the end of a message about a misspelt name, which asks for the closest known one; "" if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

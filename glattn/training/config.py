@@ -269,7 +269,7 @@ def _said_twice(node: yaml.Node | None) -> str:
 def _check_name(name: str, where: str) -> None:
     names = [item.name for item in dataclasses.fields(TrainConfig)]
     if name not in names:
-        hint = did_you_mean(name, names) or "; `glattn train --help` lists the keys"
+        hint = did_you_mean(name, names, cutoff=0.5) or "; `glattn train --help` lists the keys"
         raise ValueError(f"unknown key {name!r}{where}{hint}")
 
 
