@@ -143,11 +143,8 @@ def place(rows: Iterable[dict[str, str]]) -> str:
 
 def speed(*sizes: str) -> str:
     """Return how fast some sizes and their peers are, as multiples of the ConvNeXt of that name."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
     measured = [row for size in sizes for row in read(f"speed-{size}/rows.csv")]
-    for row in measured:
-        if row["engine"] == "eager":
-            found.setdefault(row["model"], {})[f"{row['task']} {row['batch']}"] = row
+    found = by_model((row for row in measured if row["engine"] == "eager"), "task", "batch")
     head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8", "training, batch 8")
     rows = []
     columns = (("infer 8", "params_m", ".1f"), ("infer 8", "gmacs", ".2f"), ("infer 1", "ratio", ".2f"),
@@ -161,10 +158,8 @@ def speed(*sizes: str) -> str:
 
 def gpu(size: str) -> str:
     """Return how fast a size and its peers are on a GPU, eager and as a CUDA graph, and their memory at most."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
     measured = read(f"speed-gpu-{size}/rows.csv")
-    for row in measured:
-        found.setdefault(row["model"], {})[f"{row['engine']} {row['batch']}"] = row
+    found = by_model(measured, "engine", "batch")
     largest = f"eager {max(int(row['batch']) for row in measured)}"
     cases = [f"{engine} {batch}" for engine in ("graph", "eager") for batch in (1, 8)]
     head = ["model", "parameters (M)", "GMACs", *cases, largest, "share there", "MB there"]
@@ -175,6 +170,14 @@ def gpu(size: str) -> str:
     for name, of_model in sorted(found.items(), key=lambda item: -float(item[1].get(largest, {}).get("ratio") or 0)):
         rows.append(measured_cells(name, of_model, columns))
     return markdown(head, rows) + place(measured)
+
+
+def by_model(rows: Iterable[dict[str, str]], *fields: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Return a benchmark's rows by model, and by what some fields say, a space between."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault(row["model"], {})[" ".join(row[field] for field in fields)] = row
+    return found
 
 
 def measured_cells(name: str, cases: dict[str, dict[str, str]], columns: Iterable[tuple[str, str, str]]) -> list[str]:
@@ -193,15 +196,15 @@ def ratios(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str], str]:
 def returned() -> str:
     """Return speeds as multiples of each class's ConvNeXt where processes keep freed memory and where they do not."""
     rows, measured = [], []
+    kinds = [(batch, freed) for batch in (1, 8) for freed in ("kept", "returned")]
+    columns = [(f"infer {batch} {freed}", "ratio", ".2f") for batch, freed in kinds]
     for size in CLASSES:
-        kinds = [read(f"speed-{kind}-{size}/rows.csv") for kind in ("intel", "returned")]
-        speeds = [ratios(of_kind) for of_kind in kinds]
-        measured += [row for of_kind in kinds for row in of_kind]
-        for name in dict.fromkeys(row["model"] for row in kinds[1] if row["model"] != row["baseline"]):
-            cells = [of_kind.get((name, case), "") for case in CASES[:2] for of_kind in speeds]
-            bold = "**" if name.startswith("glattn") else ""
-            rows.append([size, f"{bold}`{name}`{bold}", *cells])
-    head = [f"batch {batch}, {kind}" for batch in (1, 8) for kind in ("kept", "returned")]
+        both = [row for kind in ("intel", "returned") for row in read(f"speed-{kind}-{size}/rows.csv")]
+        measured += both
+        for name, cases in by_model(both, "task", "batch", "freed_memory").items():
+            if name != f"convnext_{size}" and columns[1][0] in cases:  # some were measured with memory kept alone
+                rows.append([size, *measured_cells(name, cases, columns)])
+    head = [f"batch {batch}, {freed}" for batch, freed in kinds]
     return markdown(["class", "model", *head], rows) + place(measured)
 
 

@@ -37,15 +37,15 @@ def same_place(rows: Iterable[Row], about: Row) -> list[Row]:
 
 def places(rows: Iterable[Row]) -> str:
     """Return the machines that rows were measured on, in words."""
-    kinds = ("device", "threads", "machine", "capability", "freed_memory")
-    return ", ".join(
-        name
-        if device == "cuda"
-        else f"{threads} threads of {name}"
-        + (f" ({capability})" if capability else "")
-        + (", freed memory returned" if freed == "returned" else "")
-        for device, threads, name, capability, freed in dict.fromkeys(tuple(row[k] for k in kinds) for row in rows)
-    )
+    return ", ".join(dict.fromkeys(map(_place, rows)))
+
+
+def _place(row: Row) -> str:
+    if row["device"] == "cuda":
+        return row["machine"]
+    kind = f" ({row['capability']})" if row["capability"] else ""
+    returned = ", freed memory returned" if row["freed_memory"] == "returned" else ""
+    return f"{row['threads']} threads of {row['machine']}{kind}{returned}"
 
 
 def read(path: Path) -> list[Row]:

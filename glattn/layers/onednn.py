@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Convolve = Callable[
-    [Tensor, Tensor | None, bool], Tensor
-]  # of a map, what is added to the answer; and whether rectified
+# of a map, what is added to the answer, and whether that is rectified
+Convolve = Callable[[Tensor, Tensor | None, bool], Tensor]
 
 _OPERATORS = (
     "_linear_pointwise",
