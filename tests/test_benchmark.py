@@ -555,3 +555,24 @@ def test_a_disturbed_step_does_not_tell_how_long_one_takes(monkeypatch):
     assert next(seconds) == 9.0  # half a second of steps is enough
     seconds = iter([0.01] * 8 + [0.001])
     assert timing.warm_up(lambda: None, lambda: None)[1] == 0.01  # and eight steps are
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags\t: fma avx512f\n\n"
+            "processor\t: 1\ncpu family\t: 6\nmodel\t\t: 1\nmodel name\t: another\n",
+            "AMD EPYC, family 25, model 17",
+        ),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\nCPU architecture: 8\n", "aarch64"),
+        (None, "aarch64"),
+    ],
+)
+def test_a_processor_is_named_with_its_family_and_model(info, name, tmp_path, monkeypatch):
+    given = tmp_path / "cpuinfo"
+    if info is not None:
+        given.write_text(info)
+    monkeypatch.setattr(machine, "Path", lambda path: given)
+    monkeypatch.setattr(machine.platform, "processor", lambda: "aarch64")
+    assert machine._processor() == name

@@ -43,19 +43,24 @@ def describe(device: torch.device, *, kept: bool) -> dict[str, str]:
 
 
 def _processor() -> str:
+    """Return the processor's name, with family and model where Linux tells: rented ones of many kinds share a name."""
+    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    if not info.exists():
+        return name
+    lines = [line.partition(":") for line in info.read_text().partition("\n\n")[0].splitlines()]
+    about = {field.strip(): value.strip() for field, _, value in lines}
+    kind = [
+        f"{word} {about[field]}" for word, field in (("family", "cpu family"), ("model", "model")) if field in about
+    ]
+    return ", ".join([about.get("model name", name), *kind])
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Step, int]:
     """Return a square matrix product as a step, and its multiply-adds.
 
-    On a CPU it is the faster one of torch.mm, which in fp32 is MKL's, and oneDNN's as a 1x1 convolution, which on AMD
-    has twice the rate.
+    On a CPU it is the faster one of torch.mm, which in fp32 is MKL's, and oneDNN's as a 1x1 convolution, which has
+    twice the rate on AMD processors whose units are 512 bits wide: MKL uses 256 there.
     """
     side = _SIDE[device.type]
     # at random: a GPU multiplies ones with less power, thus faster
