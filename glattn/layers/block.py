@@ -14,8 +14,8 @@ from glattn.layers.attention import MultiHeadGlobalAttention
 from glattn.layers.context import CONTEXTS
 from glattn.layers.conv import ConvNorm, activate_in_place, activation, is_watched, scale_output
 from glattn.layers.conv2d import FoldedConv
-from glattn.layers.fusion import FUSIONS
-from glattn.layers.local import LOCALS
+from glattn.layers.fusion import FUSIONS, SumFusion
+from glattn.layers.local import LOCALS, ImprovedLocalAttention
 
 
 class GlobalLocalAttention(nn.Module):
@@ -62,13 +62,22 @@ class GlobalLocalAttention(nn.Module):
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """Return the mixed map, or its sum with another if that is given."""
         local, globe = self.fusion.split(x)
-        out = self.context(self.fusion(self.local(local), self.attn(globe)))
+        out = self.context(self.fused(local, self.attn(globe)))
         if not torch.jit.is_scripting():
             if added is not None and isinstance(self.proj, FoldedConv):
                 if not (self.proj_drop.training or is_watched(self.proj, self.proj_drop)):
                     return self.proj(out, added)
         out = self.proj_drop(self.proj(out))
         return out if added is None else added + out
+
+    def fused(self, local: Tensor, globe: Tensor) -> Tensor:
+        """Return the fusion of the local branch's answer with the global one's; a sum is computed with the gate."""
+        if not torch.jit.is_scripting():
+            fusion, branch = self.fusion, self.local
+            if type(fusion) is SumFusion and isinstance(branch, ImprovedLocalAttention):
+                if not is_watched(fusion, branch):
+                    return branch(local, globe)
+        return self.fusion(self.local(local), globe)
 
 
 class Mlp(nn.Module):
@@ -151,13 +160,14 @@ class GlobalLocalBlock(nn.Module):
     @torch.jit.ignore
     def adds(self) -> bool:
         """Tell whether what ends a branch is to add the block's map: once folded, with nothing in between to do."""
+        parts = self._modules  # as attributes they take ten times as long to be found
         return (
             self.folded
-            and not (self.drop_path1.training or self.drop_path2.training)
-            and type(self.mixer) is GlobalLocalAttention
-            and type(self.mlp) is Mlp
-            and type(self.ls1) is type(self.ls2) is nn.Identity
-            and not is_watched(self.mixer, self.mlp, self.ls1, self.ls2, self.drop_path1, self.drop_path2)
+            and not (parts["drop_path1"].training or parts["drop_path2"].training)
+            and type(parts["mixer"]) is GlobalLocalAttention
+            and type(parts["mlp"]) is Mlp
+            and type(parts["ls1"]) is type(parts["ls2"]) is nn.Identity
+            and not is_watched(*parts.values())
         )
 
     @torch.jit.ignore

@@ -169,7 +169,10 @@ def activate_in_place(act: nn.Module) -> None:
 
 def is_watched(*modules: nn.Module) -> bool:
     """Tell whether hooks look on when some modules are called, so that each is to be called for itself."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    for module in modules:  # noqa: SIM110 (any() takes five times as long)
+        if module._forward_hooks or module._forward_pre_hooks:
+            return True
+    return False
 
 
 def num_groups(dim: int, groups: str | int) -> int:
