@@ -71,12 +71,13 @@ class GlobalLocalAttention(nn.Module):
         return out if added is None else added + out
 
     def fused(self, local: Tensor, globe: Tensor) -> Tensor:
-        """Return the fusion of the local branch's answer with the global one's; a sum is computed with the gate."""
+        """Return the fusion of the local branch's answer with the global one's; in inference a sum is the gate's."""
         if not torch.jit.is_scripting():
-            fusion, branch = self.fusion, self.local
-            if type(fusion) is SumFusion and isinstance(branch, ImprovedLocalAttention):
-                if not is_watched(fusion, branch):
-                    return branch(local, globe)
+            if not torch.is_grad_enabled():  # backwards, torch.addcmul takes a pass more
+                fusion, branch = self.fusion, self.local
+                if type(fusion) is SumFusion and isinstance(branch, ImprovedLocalAttention):
+                    if not is_watched(fusion, branch):
+                        return branch(local, globe)
         return self.fusion(self.local(local), globe)
 
 
