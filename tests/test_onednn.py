@@ -233,8 +233,9 @@ def test_a_folded_blocks_relu_and_sums_take_no_pass_of_their_own(calls):
             block(x)
     # fc1's and its ReLU; proj's and fc2's, and what they are added to
     assert [calls.count(f"_linear_pointwise{overload}") for overload in ("", ".binary")] == [1, 2]
-    passes = [event.name for event in profile.events() if event.name in ("aten::add", "aten::relu_", "aten::relu")]
-    assert passes == ["aten::relu", "aten::add"]  # the gate's on one cell, and the sum of the branches
+    names = {f"aten::{name}" for name in ("add", "mul", "addcmul", "relu", "relu_")}
+    passes = [event.name for event in profile.events() if event.name in names]
+    assert passes == ["aten::relu", "aten::addcmul"]  # the gate's on one cell, and its product with the branches' sum
 
 
 @pytest.mark.parametrize("name", ["mixer", "mixer.proj", "mixer.proj_drop", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2"])
