@@ -100,43 +100,6 @@ def test_squeeze_and_excitation_by_its_formula():
     assert gate.fc1.out_channels < DIM
 
 
-@pytest.mark.parametrize("derived", [False, True])
-@pytest.mark.parametrize("gate", TABLES["local_gate"])
-@pytest.mark.parametrize("local", TABLES["local"])
-def test_a_sum_with_the_global_branch_is_that_of_what_hooks_are_shown(local, gate, derived, monkeypatch):
-    mixing, x = mixed(local=local, local_gate=gate, fusion="sum"), image(6, 9)
-    seen, sums, addcmul = {}, [], torch.addcmul
-    monkeypatch.setattr(torch, "addcmul", lambda *given: sums.append(1) or addcmul(*given))
-    with torch.set_grad_enabled(derived):
-        expected = mixing(x)
-        assert len(sums) == (gate == "se" and not derived)  # in one pass where that is the faster way
-        for name in ("local", "attn", "fusion"):
-            mixing.get_submodule(name).register_forward_hook(lambda _, inputs, out, name=name: seen.update({name: out}))
-        close(mixing(x), expected)
-        close(seen["local"], mixing.local(x))
-        close(seen["fusion"], seen["local"] + seen["attn"])
-
-
-@pytest.mark.parametrize("part", ["fc1", "act", "fc2", "gate"])
-def test_a_hook_within_a_gate_has_the_last_word(part):
-    mixing, x = mixed(local_gate="se", fusion="sum"), image(6, 9)
-    expected = mixing(x)
-    handle = mixing.local.gate.get_submodule(part).register_forward_hook(lambda _, inputs, out: out)
-    close(mixing(x), expected)
-    handle.remove()
-    mixing.local.gate.get_submodule(part).register_forward_hook(lambda _, inputs, out: out * 0)
-    assert (mixing(x) - expected).abs().max() > 1e-3
-
-
-def test_what_stands_in_a_gate_is_what_is_called():
-    branch, x = local_branch(local_gate="se"), image(6, 9)
-    expected = branch(x)
-    branch.gate.fc1 = nn.Sequential(branch.gate.fc1, nn.Identity())
-    close(branch(x), expected)
-    nn.utils.parametrize.register_parametrization(branch.gate.fc2, "weight", nn.Softplus())
-    assert (branch(x) - expected).abs().max() > 1e-3
-
-
 def test_efficient_channel_attention_by_its_formula():
     """A convolution along the channels of their means, padded with zeros, no bias."""
     branch, plain = local_branch(local_gate="eca"), local_branch(local_gate="none")

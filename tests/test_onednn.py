@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from glattn.benchmark.cost import count_bytes
+from glattn.config import MixerConfig
 from glattn.layers import onednn
 from glattn.layers.conv2d import FoldedConv, Pointwise
+from glattn.layers.fusion import FUSIONS
 
 KINDS = {
     "pointwise": lambda bias=True: Pointwise(192, 160, 1, bias=bias),
@@ -238,25 +240,72 @@ def test_a_folded_blocks_relu_and_sums_take_no_pass_of_their_own(calls):
     assert passes == ["aten::relu", "aten::addcmul"]  # the gate's on one cell, and its product with the branches' sum
 
 
-@pytest.mark.parametrize("name", ["mixer", "mixer.proj", "mixer.proj_drop", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2"])
-def test_hooks_on_parts_of_a_folded_block_see_what_those_compute(name):
+def by_hook(module, seen):
+    module.register_forward_hook(lambda _, inputs, output: seen.append(output.clone()))
+
+
+def by_global_hook(module, seen):
+    return nn.modules.module.register_module_forward_hook(
+        lambda called, inputs, output: seen.append(output.clone()) if called is module else None
+    )
+
+
+def by_another_forward(module, seen):
+    """As accelerate's offload does, which has a weight on its device within a call alone."""
+    forward = module.forward
+    module.forward = lambda *given, **named: seen.append(forward(*given, **named)) or seen[-1].clone()
+
+
+PARTS = {
+    "mixer": ("mixer", "mixer.proj", "mixer.proj_drop"),
+    "mlp": ("mlp", "mlp.fc1", "mlp.act", "mlp.fc2"),
+    "branches": ("mixer.local", "mixer.attn", "mixer.fusion"),
+    "gate": ("mixer.local.gate", *(f"mixer.local.gate.{part}" for part in ("fc1", "bn", "act", "fc2", "gate"))),
+}
+
+
+@pytest.mark.parametrize("look", [by_hook, by_global_hook, by_another_forward])
+@pytest.mark.parametrize("name", [name for names in PARTS.values() for name in names])
+def test_whoever_looks_on_at_parts_of_a_folded_block_sees_what_those_compute(name, look):
     block, x = wide_block()
+    mixer, mlp = block[0].mixer, block[0].mlp
+    gate = mixer.local.gate
     seen = []
     with torch.no_grad():
         expected = block(x)
-        mixed = x + block[0].mixer(x)
-        outputs = {
-            "mixer": mixed - x,
-            "mixer.proj": mixed - x,
-            "mixer.proj_drop": mixed - x,
-            "mlp": expected - mixed,
-            "mlp.fc1": convolved(block[0].mlp.fc1, mixed),
-            "mlp.act": convolved(block[0].mlp.fc1, mixed).relu(),
-            "mlp.fc2": expected - mixed,
-        }
-        block[0].get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
-        close(block(x), expected)
+        mixed = x + mixer(x)
+        inside = mixer.local.conv(x)
+        fc1 = F.conv2d(inside.mean((2, 3), keepdim=True), gate.fc1.weight, gate.fc1.bias)
+        fc2 = F.conv2d(fc1.relu(), gate.fc2.weight, gate.fc2.bias)
+        local = inside * fc2.sigmoid()
+        outputs = dict.fromkeys(PARTS["mixer"], mixed - x) | dict.fromkeys(PARTS["mlp"], expected - mixed)
+        outputs["mlp.fc1"] = convolved(mlp.fc1, mixed)
+        outputs["mlp.act"] = outputs["mlp.fc1"].relu()
+        outputs |= zip(PARTS["branches"], (local, mixer.attn(x), local + mixer.attn(x)), strict=True)
+        outputs |= zip(PARTS["gate"], (local, fc1, fc1, fc1.relu(), fc2, fc2.sigmoid()), strict=True)
+        handle = look(block[0].get_submodule(name), seen)
+        try:
+            close(block(x), expected)
+        finally:
+            if handle is not None:
+                handle.remove()
     close(seen[0], outputs[name])
+
+
+@pytest.mark.parametrize("name", ["fusion", "local", *(f"local.gate.{part}" for part in ("bn", "act", "gate", "fc1"))])
+def test_what_takes_the_place_of_a_part_of_a_folded_mixer_is_called(name):
+    block, x = wide_block()
+    other = {
+        "fusion": lambda: FUSIONS["global"](32, config=MixerConfig()),
+        "local": nn.Hardtanh,
+        "local.gate.fc1": lambda: nn.Sequential(block[0].mixer.local.gate.fc1, nn.Softplus()),
+    }
+    before = block(x)
+    block[0].mixer.set_submodule(name, other.get(name, nn.Softplus)())
+    after = block(x)  # where gradients are asked for, each part is called for itself
+    assert not torch.allclose(before, after, atol=1e-3)
+    with torch.no_grad():
+        close(block(x), after)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -44,16 +44,13 @@ def describe(device: torch.device, *, kept: bool) -> dict[str, str]:
 
 def _processor() -> str:
     """Return the processor's name, with family and model where Linux tells: rented ones of many kinds share a name."""
-    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return name
-    lines = [line.partition(":") for line in info.read_text().partition("\n\n")[0].splitlines()]
-    about = {field.strip(): value.strip() for field, _, value in lines}
-    kind = [
-        f"{word} {about[field]}" for word, field in (("family", "cpu family"), ("model", "model")) if field in about
-    ]
-    return ", ".join([about.get("model name", name), *kind])
+    lines = info.read_text().partition("\n\n")[0].splitlines() if info.exists() else []
+    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in about:
+        return platform.processor() or platform.machine()
+    kind = [f"{word} {about[name]}" for word, name in (("family", "cpu family"), ("model", "model")) if name in about]
+    return ", ".join([about["model name"], *kind])
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Step, int]:

@@ -37,7 +37,7 @@ def same_place(rows: Iterable[Row], about: Row) -> list[Row]:
 
 def places(rows: Iterable[Row]) -> str:
     """Return the machines that rows were measured on, in words."""
-    return ", ".join(dict.fromkeys(map(_place, rows)))
+    return "; ".join(dict.fromkeys(map(_place, rows)))
 
 
 def _place(row: Row) -> str:

@@ -10,12 +10,13 @@ from timm.layers import DropPath, LayerScale2d
 from torch import Tensor, nn
 
 from glattn.config import MixerConfig
+from glattn.layers import onednn
 from glattn.layers.attention import MultiHeadGlobalAttention
 from glattn.layers.context import CONTEXTS
 from glattn.layers.conv import ConvNorm, activate_in_place, activation, is_watched, scale_output
 from glattn.layers.conv2d import FoldedConv
 from glattn.layers.fusion import FUSIONS, SumFusion
-from glattn.layers.local import LOCALS, ImprovedLocalAttention
+from glattn.layers.local import LOCALS, SqueezeExcite
 
 
 class GlobalLocalAttention(nn.Module):
@@ -61,8 +62,7 @@ class GlobalLocalAttention(nn.Module):
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """Return the mixed map, or its sum with another if that is given."""
-        local, globe = self.fusion.split(x)
-        out = self.context(self.fused(local, self.attn(globe)))
+        out = self.context(self.fused(x))
         if not torch.jit.is_scripting():
             if added is not None and isinstance(self.proj, FoldedConv):
                 if not (self.proj_drop.training or is_watched(self.proj, self.proj_drop)):
@@ -70,15 +70,28 @@ class GlobalLocalAttention(nn.Module):
         out = self.proj_drop(self.proj(out))
         return out if added is None else added + out
 
-    def fused(self, local: Tensor, globe: Tensor) -> Tensor:
-        """Return the fusion of the local branch's answer with the global one's; in inference a sum is the gate's."""
+    def fused(self, x: Tensor) -> Tensor:
+        """Return the fusion of the branches' answers; a sum, in inference, is computed with the local one's gate."""
+        local, globe = self.fusion.split(x)
         if not torch.jit.is_scripting():
-            if not torch.is_grad_enabled():  # backwards, torch.addcmul takes a pass more
-                fusion, branch = self.fusion, self.local
-                if type(fusion) is SumFusion and isinstance(branch, ImprovedLocalAttention):
-                    if not is_watched(fusion, branch):
-                        return branch(local, globe)
-        return self.fusion(self.local(local), globe)
+            if self.gate_adds(local):
+                return self.local.gate.add(self.local.conv(local), self.attn(globe))
+        return self.fusion(self.local(local), self.attn(globe))
+
+    @torch.jit.ignore
+    def gate_adds(self, x: Tensor) -> bool:
+        """Tell whether the gate is to add the global branch's answer: folded, where `onednn` is used."""
+        parts = self._modules  # as attributes they take ten times as long to be found
+        fusion, local = parts["fusion"], parts["local"]
+        return (
+            isinstance(parts["proj"], FoldedConv)
+            and onednn.takes(x)
+            and type(fusion) is SumFusion
+            and type(local) in LOCALS.values()
+            and not is_watched(fusion, local)
+            and type(local.gate) is SqueezeExcite
+            and local.gate.can_add()
+        )
 
 
 class Mlp(nn.Module):
@@ -161,7 +174,7 @@ class GlobalLocalBlock(nn.Module):
     @torch.jit.ignore
     def adds(self) -> bool:
         """Tell whether what ends a branch is to add the block's map: once folded, with nothing in between to do."""
-        parts = self._modules  # as attributes they take ten times as long to be found
+        parts = self._modules
         return (
             self.folded
             and not (parts["drop_path1"].training or parts["drop_path2"].training)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import create_act_layer
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from glattn.layers.conv2d import FoldedConv, Pointwise, StridedConv
@@ -168,9 +169,11 @@ def activate_in_place(act: nn.Module) -> None:
 
 
 def is_watched(*modules: nn.Module) -> bool:
-    """Tell whether hooks look on when some modules are called, so that each is to be called for itself."""
+    """Tell whether some modules are each to be called for themselves: hooks look on, or a call is something else."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return True
     for module in modules:  # noqa: SIM110 (any() takes five times as long)
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # accelerate's offload
             return True
     return False
 

@@ -10,12 +10,12 @@ from typing import Any
 import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers import EcaModule
 from torch import Tensor, nn
 
 from glattn.config import MixerConfig
 from glattn.layers.augmented import AugmentedConv
 from glattn.layers.conv import MultiScaleConv, is_watched, num_groups
+from glattn.layers.conv2d import Pointwise
 from glattn.layers.layout import LAYOUTS
 
 
@@ -24,7 +24,7 @@ def _identity(dim: int, **factory: Any) -> nn.Module:
 
 
 class SqueezeExcite(timm.layers.SqueezeExcite):
-    """``x sigmoid(fc2(relu(fc1(mean(x)))))``: ``(B, C, H, W) -> (B, C, H, W)``; timm's, its convolutions products.
+    """timm's: ``x sigmoid(fc2(relu(fc1(mean(x)))))``, ``(B, C, H, W) -> (B, C, H, W)``.
 
     Args:
         dim: Channels in and out.
@@ -32,23 +32,28 @@ class SqueezeExcite(timm.layers.SqueezeExcite):
 
     def __init__(self, dim: int, **factory: Any) -> None:
         super().__init__(dim, rd_ratio=1 / 16, **factory)
+        for conv in (self.fc1, self.fc2):
+            conv.__class__ = Pointwise  # the same, computed faster on its single cell
+        self.act.inplace = False  # TorchScript's autograd refuses that behind Pointwise's view
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """Return the gated map, or its sum with another if that is given."""
-        gate = self.weigh(x.mean((2, 3)))[:, :, None, None]
-        return x * gate if added is None else torch.addcmul(added, x, gate)
+    @torch.jit.ignore
+    def can_add(self) -> bool:
+        """Tell whether `add` is what ``forward`` and a sum are: as made, and nothing looks on."""
+        parts = self._modules.values()
+        return [type(part) for part in parts] == _PARTS and not is_watched(self, *parts)
 
-    def weigh(self, mean: Tensor) -> Tensor:
-        """Return each channel's weight from the means of all, ``(B, C) -> (B, C)``."""
-        if not torch.jit.is_scripting():
-            fc1, fc2 = self.fc1, self.fc2
-            if type(fc1) is not nn.Conv2d or type(fc2) is not nn.Conv2d or is_watched(*self._modules.values()):
-                return self.gate(fc2(self.act(fc1(mean[:, :, None, None])))).flatten(1)
-        hidden = F.relu(F.linear(mean, self.fc1.weight.flatten(1), self.fc1.bias))
-        return F.linear(hidden, self.fc2.weight.flatten(1), self.fc2.bias).sigmoid()
+    @torch.jit.ignore
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """Return the sum of the gated map with another, in one pass; backwards it would take more than two."""
+        hidden = F.relu(F.linear(x.mean((2, 3)), self.fc1.weight.flatten(1), self.fc1.bias))
+        gate = F.linear(hidden, self.fc2.weight.flatten(1), self.fc2.bias).sigmoid()
+        return torch.addcmul(other, x, gate[:, :, None, None])
 
 
-GATES: dict[str, Callable[..., nn.Module]] = {"se": SqueezeExcite, "eca": EcaModule, "none": _identity}
+_PARTS = [Pointwise, nn.Identity, nn.ReLU, Pointwise, timm.layers.Sigmoid]  # fc1, bn, act, fc2, gate
+
+
+GATES: dict[str, Callable[..., nn.Module]] = {"se": SqueezeExcite, "eca": timm.layers.EcaModule, "none": _identity}
 
 
 class ImprovedLocalAttention(nn.Module):
@@ -68,26 +73,22 @@ class ImprovedLocalAttention(nn.Module):
     def __init__(self, dim: int, *, config: MixerConfig | None = None, dilation: int = 1, **factory: Any) -> None:
         super().__init__()
         config = config or MixerConfig()
-        self.conv = self.make_conv(dim, config, dilation, **factory)
+        self.conv = MultiScaleConv(
+            dim,
+            dim,
+            kernel_sizes=config.kernel_sizes,
+            groups=num_groups(dim, config.local_groups),
+            dilation=dilation,
+            **factory,
+        )
         self.gate = GATES[config.local_gate](dim, **factory)
 
-    @torch.jit.ignore
-    def make_conv(self, dim: int, config: MixerConfig, dilation: int, **factory: Any) -> nn.Module:
-        """Return what stands before the gate."""
-        groups = num_groups(dim, config.local_groups)
-        return MultiScaleConv(dim, dim, kernel_sizes=config.kernel_sizes, groups=groups, dilation=dilation, **factory)
-
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """Return the gated sum of the convolutions, or its sum with another map if that is given."""
-        out = self.conv(x)
-        if not torch.jit.is_scripting():
-            if added is not None and type(self.gate) is SqueezeExcite and not is_watched(self.gate):
-                return self.gate(out, added)
-        out = self.gate(out)
-        return out if added is None else added + out
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the gated sum of the convolutions."""
+        return self.gate(self.conv(x))
 
 
-class AugmentedLocalAttention(ImprovedLocalAttention):
+class AugmentedLocalAttention(nn.Module):
     """`ImprovedLocalAttention` whose convolution is an `AugmentedConv`: ``(B, C, H, W) -> (B, C, H, W)``.
 
     Args:
@@ -99,12 +100,12 @@ class AugmentedLocalAttention(ImprovedLocalAttention):
         ValueError: ``local_groups`` does not divide the convolution's channels, or there are none.
     """
 
-    @torch.jit.ignore
-    def make_conv(self, dim: int, config: MixerConfig, dilation: int, **factory: Any) -> nn.Module:
-        """Return what stands before the gate."""
+    def __init__(self, dim: int, *, config: MixerConfig | None = None, dilation: int = 1, **factory: Any) -> None:
+        super().__init__()
+        config = config or MixerConfig()
         attn_dim = round(dim * config.augment_ratio / 8) * 8
         num_heads = max(attn_dim // config.head_dim, 1)
-        return AugmentedConv(
+        self.conv = AugmentedConv(
             dim,
             attn_dim=attn_dim - attn_dim % num_heads,
             num_heads=num_heads,
@@ -114,6 +115,11 @@ class AugmentedLocalAttention(ImprovedLocalAttention):
             dilation=dilation,
             **factory,
         )
+        self.gate = GATES[config.local_gate](dim, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the gated augmented convolution."""
+        return self.gate(self.conv(x))
 
 
-LOCALS: dict[str, type[ImprovedLocalAttention]] = {"conv": ImprovedLocalAttention, "augmented": AugmentedLocalAttention}
+LOCALS: dict[str, type[nn.Module]] = {"conv": ImprovedLocalAttention, "augmented": AugmentedLocalAttention}

@@ -1,7 +1,8 @@
 """oneDNN's operators that torch's compiler uses, in inference on x86: what torch itself calls on the CPU is slower.
 
-F.linear in fp32 is MKL's product, half as fast on AMD as oneDNN's (on Intel the two are level); and F.conv2d lays its
-weight out anew in each call, which at batch 1 takes up to half of its time.
+F.linear in fp32 is MKL's product, half as fast as oneDNN's on AMD processors whose units are 512 bits wide (on those of
+256, and on Intel, the two are about level); and F.conv2d lays its weight out anew in each call, which at batch 1 takes
+up to half of its time.
 """
 
 from collections.abc import Callable, Sequence
