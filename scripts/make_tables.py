@@ -29,9 +29,10 @@ from glattn.models.weights import HUB
 from glattn.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-# folders of speed that docs/results.md shows: sizes beside their peers, on AMD and on Intel
+# folders of speed that docs/results.md shows: sizes beside their peers, by processor
 CLASSES = ("atto", "pico", "nano", "tiny", "small")
-PEERED = (*CLASSES, *(f"intel-{size}" for size in CLASSES))
+PROCESSORS = {"": "AMD Zen 5", "zen4-": "AMD Zen 4", "intel-": "Intel"}
+PEERED = tuple(f"{kind}{size}" for kind in PROCESSORS for size in CLASSES)
 # folders of run_proxies.py's runs, the size that is compared there, and the folder of the speeds beside it
 DRAWINGS = {
     "icons100": ("atto", "speed-atto"),
@@ -97,14 +98,12 @@ def in_place() -> str:
 
 
 def sizes() -> str:
-    """Return each size's cost beside the ConvNeXt of its name, and its speed as a multiple of that one's, by maker.
+    """Return each size's cost beside the ConvNeXt of its name, and its speed as a multiple of that one's.
 
     Raises:
         ValueError: A speed is of another design than the size has now.
     """
-    measured = {
-        kind: [row for size in CONVNEXT for row in read(f"speed-{kind}{size}/rows.csv")] for kind in ("", "intel-")
-    }
+    measured = {kind: [row for size in CONVNEXT for row in read(f"speed-{kind}{size}/rows.csv")] for kind in PROCESSORS}
     speeds = [ratios(of_kind) for of_kind in measured.values()]
     rows = []
     for size in CONVNEXT:
@@ -118,7 +117,7 @@ def sizes() -> str:
         faster = [of_kind.get((f"glattn_{size}", case), "") for of_kind in speeds for case in CASES[:2]]
         rows.append([f"`glattn_{size}`", f"{mine:.1f}", f"{macs:.2f}", f"{theirs:.1f}, {their_macs:.2f}", *faster])
     head = ["model", "parameters (M)", "GMACs at 224", "ConvNeXt of that name (M, GMACs)"]
-    head += [f"{maker}, batch {batch}" for maker in ("AMD", "Intel") for batch in (1, 8)]
+    head += [f"{processor}, batch {batch}" for processor in PROCESSORS.values() for batch in (1, 8)]
     return markdown(head, rows) + place(row for of_kind in measured.values() for row in of_kind)
 
 
@@ -525,12 +524,12 @@ def results() -> str:
     for size in ("atto", "tiny"):
         text = fill(text, f"speed-gpu-{size}", gpu(size))
     tables = {
-        "speed-larger": speed("base", "large"),
-        "speed-intel-larger": speed("intel-base", "intel-large"),
+        **{f"speed-{kind}larger": speed(f"{kind}base", f"{kind}large") for kind in PROCESSORS},
         "speed-returned": returned(),
         "scaling": scaling(),
         "deployment": deployment(),
         "modes": modes("speed-modes"),
+        "modes-zen4": modes("speed-zen4-modes"),
         "modes-intel": modes("speed-intel-modes"),
         **{folder: drawings(folder, *beside) for folder, beside in DRAWINGS.items()},
         "paths64": paths("ablation/paths64", 64, "ablation/paths64.csv"),
