@@ -57,7 +57,7 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Step, int]
     """Return a square matrix product as a step, and its multiply-adds.
 
     On a CPU it is the faster one of torch.mm, which in fp32 is MKL's, and oneDNN's as a 1x1 convolution, which has
-    twice the rate on AMD processors whose units are 512 bits wide: MKL uses 256 there.
+    twice the rate on AMD processors whose units are 512 bits wide.
     """
     side = _SIDE[device.type]
     # at random: a GPU multiplies ones with less power, thus faster

@@ -75,12 +75,13 @@ class GlobalLocalAttention(nn.Module):
         local, globe = self.fusion.split(x)
         if not torch.jit.is_scripting():
             if self.gate_adds(local):
-                return self.local.gate.add(self.local.conv(local), self.attn(globe))
+                gate: Any = self.local.gate
+                return gate.add(self.local.conv(local), self.attn(globe))
         return self.fusion(self.local(local), self.attn(globe))
 
     @torch.jit.ignore
     def gate_adds(self, x: Tensor) -> bool:
-        """Tell whether the gate is to add the global branch's answer: folded, where `onednn` is used."""
+        """Tell whether the gate is to add the global branch's answer: folded, by `onednn`, none looking on."""
         parts = self._modules  # as attributes they take ten times as long to be found
         fusion, local = parts["fusion"], parts["local"]
         return (

@@ -44,7 +44,7 @@ class SqueezeExcite(timm.layers.SqueezeExcite):
 
     @torch.jit.ignore
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        """Return the sum of the gated map with another, in one pass; backwards it would take more than two."""
+        """Return the sum of the gated map with another, in one pass; backwards that takes a pass more than two."""
         hidden = F.relu(F.linear(x.mean((2, 3)), self.fc1.weight.flatten(1), self.fc1.bias))
         gate = F.linear(hidden, self.fc2.weight.flatten(1), self.fc2.bias).sigmoid()
         return torch.addcmul(other, x, gate[:, :, None, None])
