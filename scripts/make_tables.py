@@ -223,22 +223,20 @@ def modes(folder: str) -> str:
 
 def scaling() -> str:
     """Return time and peak memory a pixel, weights left out, as multiples of those at 224."""
-    by_model: dict[str, dict[int, dict[str, str]]] = {}
     measured = read("scaling/rows.csv")
-    for row in measured:
-        by_model.setdefault(row["model"], {})[int(row["pixels"])] = row
-    sides = sorted(next(iter(by_model.values())))
+    found = by_model(measured, "pixels")
+    sides = sorted(map(int, next(iter(found.values()))))
     head = [f"{what} at {side}" for what in ("time", "memory") for side in sides[1:]]
     rows = []
 
     def activations(row: dict[str, str]) -> float:
         return float(row["peak_mb"]) - float(row["held_mb"])
 
-    for name, cases in by_model.items():
+    for name, cases in found.items():
         cells = []
         for cost in (lambda row: float(row["milliseconds"]), activations):
-            least = cost(cases[sides[0]]) / sides[0] ** 2
-            cells += [f"{cost(cases[side]) / side**2 / least:.2f}" for side in sides[1:]]
+            least, *others = (cost(cases[str(side)]) / side**2 for side in sides)
+            cells += [f"{other / least:.2f}" for other in others]
         rows.append([f"`{name}`", *cells])
     return markdown(["model", *head], rows) + place(measured)
 
@@ -340,13 +338,13 @@ def runs_by_model(folder: str) -> dict[str, list[dict[str, str]]]:
 
 def drawings(folder: str, size: str, speeds_in: str) -> str:
     """Return each model's accuracy on drawings, and how far ours of that size is above it."""
-    by_model = runs_by_model(folder)
+    found = runs_by_model(folder)
     mine = f"glattn_{size}"
     compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv") if row["model"] == mine}
     speeds = ratios(read(f"{speeds_in}/rows.csv"))
     head = ("model", "parameters (M)", "speed at 224", "lr", "top-1 by seed", f"`{mine}` less this", "95%", "")
     rows = []
-    for name, runs in sorted(by_model.items(), key=lambda item: -float(speeds.get((item[0], CASES[1]), 0))):
+    for name, runs in sorted(found.items(), key=lambda item: -float(speeds.get((item[0], CASES[1]), 0))):
         bold = "**" if name == mine else ""
         speed_there = speeds.get((name, CASES[1]), "")
         cells = [f"{bold}`{name}`{bold}", f"{float(runs[0]['parameters']) / 1e6:.1f}", speed_there, runs[0]["lr"]]
@@ -359,12 +357,12 @@ def drawings(folder: str, size: str, speeds_in: str) -> str:
 
 def paths(folder: str, pixels: int, speeds_in: str = "") -> str:
     """Return designs' accuracy on Paths, whole and by the length of the arms: the first, then the others by rank."""
-    by_model = runs_by_model(folder)
-    first = next(iter(by_model))
+    found = runs_by_model(folder)
+    first = next(iter(found))
     compared = {row["other"]: row for row in read(f"{folder}/comparisons.csv") if row["model"] == first}
     speeds = {row["design"]: f"{float(row['times_default_speed']):.2f}" for row in read(speeds_in)} if speeds_in else {}
     names = (f"{split}/{make_paths.name(0, n)}" for split, count in make_paths.SPLITS.items() for n in range(count))
-    if {run["digest"] for runs in by_model.values() for run in runs} != {digest_of(names)}:
+    if {run["digest"] for runs in found.values() for run in runs} != {digest_of(names)}:
         raise ValueError(f"docs/results/{folder}/runs.csv is of other images than make_paths.py draws now")
     count, longest = make_paths.SPLITS["test"], round(make_paths.ARMS * (pixels // make_paths.CELL))
     lengths = {
@@ -375,7 +373,7 @@ def paths(folder: str, pixels: int, speeds_in: str = "") -> str:
     bounds = [0, *(round(longest * part / 3) for part in (1, 2, 3))]
     spans = [(low + (low > 0), high) for low, high in pairwise(bounds)]
     rows = []
-    ranked = sorted(by_model.items(), key=lambda item: (item[0] != first, -float(mean_top1(item[1]))))
+    ranked = sorted(found.items(), key=lambda item: (item[0] != first, -float(mean_top1(item[1]))))
     for design, runs in ranked:
         right = [unpack(run["answers"], images) for run in runs]
         cells = [f"`{design}`", f"{float(runs[0]['parameters']) / 1e6:.1f}"]
@@ -528,9 +526,7 @@ def results() -> str:
         "speed-returned": returned(),
         "scaling": scaling(),
         "deployment": deployment(),
-        "modes": modes("speed-modes"),
-        "modes-zen4": modes("speed-zen4-modes"),
-        "modes-intel": modes("speed-intel-modes"),
+        **{f"{kind}modes": modes(f"speed-{kind}modes") for kind in PROCESSORS},
         **{folder: drawings(folder, *beside) for folder, beside in DRAWINGS.items()},
         "paths64": paths("ablation/paths64", 64, "ablation/paths64.csv"),
         "paths128": paths("paths128", 128),
