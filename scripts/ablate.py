@@ -23,8 +23,8 @@ from glattn.benchmark.contestant import join_options, split_options
 from glattn.benchmark.machine import describe
 from glattn.benchmark.rows import read, same_place
 from glattn.cli import main as glattn
+from glattn.figures import save_figure
 from glattn.memory import keep_freed_memory
-from glattn.training.figures import save_figure
 
 WINDOWS = ["window", "window", "window", "full"]
 # mechanism: what stands instead of the default; every list has one value a stage

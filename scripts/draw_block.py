@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-from glattn.training.figures import save_figure
+from glattn.figures import save_figure
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "block.png"
 LOCAL, GLOBAL, PLAIN = "#dcebdc", "#dbe4f3", "#f1f1f1"

@@ -13,8 +13,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 
 from glattn import MixerConfig
+from glattn.figures import save_figure
 from glattn.layers import MultiHeadGlobalAttention
-from glattn.training.figures import save_figure
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "layouts.png"
 HEIGHT, WIDTH = 14, 18

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
 import glattn.training
+from glattn.figures import save_figure
 from glattn.files import replacing
 from glattn.training import fractals
-from glattn.training.figures import save_figure
 from glattn.training.pretrain import FractalSource
 
 ROWS, COLUMNS = 5, 12  # columns: one class each; rows: pictures of it

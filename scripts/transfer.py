@@ -26,11 +26,11 @@ from matplotlib.patches import Patch
 from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv
 
 import glattn  # noqa: F401
+from glattn.figures import save_figure
 from glattn.files import copy_file, new_folder, write_text
 from glattn.models.weights import save_weights
 from glattn.training.data import find_split
 from glattn.training.digits import write_digits
-from glattn.training.figures import save_figure
 
 
 @dataclass(frozen=True)

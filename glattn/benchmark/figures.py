@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from glattn.benchmark.rows import Row, places
-from glattn.training.figures import save_figure
+from glattn.figures import save_figure
 
 _OURS, _THEIRS = "#b91c1c", "#475569"
 

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glattn.figures import save_figure
 from glattn.files import plain
-from glattn.training.figures import save_figure
 
 _BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.mixer")
 _LEGEND = (

@@ -19,11 +19,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from glattn.figures import save_figure
 from glattn.files import plain, user_path, write_text
 from glattn.provenance import commit
 from glattn.training.config import TrainConfig
 from glattn.training.data import Source, check_run_folder
-from glattn.training.figures import save_figure
 from glattn.training.validation import Predictions
 
 if sys.platform != "win32":
