@@ -5,6 +5,7 @@ Performer: FAVOR+ (arXiv:2009.14794); Linformer (arXiv:2006.04768); ReLU linear 
 ``(groups, heads, tokens, head_dim)`` and any number of tokens; cheaper ones compute in float32 at least.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -295,13 +296,14 @@ class Reformer(nn.Module):
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
-    """Return ``x``, ``(S, R, N, D)``, with its tokens in this order, ``(S, R, N)``."""
-    return x.gather(2, order.unsqueeze(3).expand(-1, -1, -1, x.shape[3]))
+    """Return tokens of ``x``, ``(S, R or 1, N, D)``, in this order, ``(S, R, M)``: whole rows, for speed."""
+    first = x.shape[2] * torch.arange(x.shape[0] * x.shape[1], device=x.device).reshape(x.shape[0], x.shape[1], 1)
+    return x.flatten(0, 2).index_select(0, (first + order).flatten()).reshape(*order.shape, x.shape[3])
 
 
-def _with_previous(x: Tensor) -> Tensor:
+def _with_previous(x: Tensor, first: int = 0) -> Tensor:
     """Return each bucket with the one before it: ``(S, buckets, size, D) -> (S, buckets, 2 size, D)``."""
-    return torch.cat([x, x.roll(1, dims=1)], dim=2)
+    return torch.cat([x, F.pad(x, [0, 0, 0, 0, 1, -1], value=first)], dim=2)
 
 
 @torch.fx.wrap
@@ -312,6 +314,9 @@ def lsh_attention(q: Tensor, v: Tensor, mask: Tensor | None, directions: Tensor,
             with torch.autocast(q.device.type, enabled=False):
                 return lsh_attention(q, v, mask, directions, size)
     groups, heads, tokens, dim = q.shape
+    spare = 0 if sizes_are_known() else 1  # two buckets at least, so that an exported program holds for any number
+    if spare == 0 and tokens <= size:  # every round is the same full attention
+        size, directions = max(tokens, 1), directions[:1]
     rounds = directions.shape[0]
     kind = v.dtype
     q, v = q.to(precise(q)).reshape(-1, 1, tokens, dim), v.to(precise(q)).reshape(-1, 1, tokens, dim)
@@ -324,30 +329,31 @@ def lsh_attention(q: Tensor, v: Tensor, mask: Tensor | None, directions: Tensor,
     place = torch.arange(tokens, device=q.device)
     order = (bucket * tokens + place).argsort(dim=-1)
 
-    # one bucket more than needed: there are always two, so that an exported program holds for any number, and the last
-    # is empty, which the first has before it
-    buckets = (tokens + size - 1) // size + 1
+    buckets = (tokens + size - 1) // size + spare
     empty = buckets * size - tokens
     wide = F.pad(order, [0, empty])
-    real = F.pad(_take(exists.reshape(-1, 1, tokens, 1).expand(-1, rounds, -1, -1), order).squeeze(3), [0, empty])
-    shape = [-1, buckets, size, dim]
-    q = _take(q.expand(-1, rounds, -1, -1), wide).reshape(shape)
-    v = _take(v.expand(-1, rounds, -1, -1), wide).reshape(shape)
+    real = F.pad(_take(exists.reshape(-1, 1, tokens, 1), order).squeeze(3), [0, empty])
+    q = _take(q, wide).reshape(-1, buckets, size, dim)
+    v = _take(v, wide).reshape(-1, buckets, size, dim)
     place = wide.reshape(-1, buckets, size, 1)
-    real = real.reshape(-1, buckets, size, 1)
+    seen = _with_previous(place.masked_fill(~real.reshape(-1, buckets, size, 1), -1), first=-1).transpose(2, 3)
 
-    keys = _with_previous(F.normalize(q, dim=-1))
-    allowed = _with_previous(real).transpose(2, 3)
-    itself = place == _with_previous(place).transpose(2, 3)
-    scores = q @ keys.transpose(2, 3) * dim**-0.5
-    scores = scores.masked_fill(itself, -5e4).masked_fill(~allowed, -1e9)
-    total = scores.logsumexp(dim=-1, keepdim=True)
-    out = torch.exp(scores - total) @ _with_previous(v)
+    # all in powers of two: exp of what is hidden takes MKL twenty times as long
+    hidden = torch.zeros_like(seen, dtype=q.dtype).masked_fill(seen < 0, -1e9)
+    hidden = torch.where(place == seen, -5e4, hidden)  # itself
+    keys = _with_previous(F.normalize(q, dim=-1)).transpose(2, 3)
+    scale = dim**-0.5 / math.log(2)
+    scores = torch.baddbmm(hidden.flatten(0, 1), q.flatten(0, 1), keys.flatten(0, 1), alpha=scale)
+    top = scores.detach().amax(dim=-1, keepdim=True)
+    weights = torch.exp2(scores - top)
+    total = weights.sum(dim=-1, keepdim=True)
+    out = weights @ _with_previous(v).flatten(0, 1) / total
+    total = top + total.log2()
 
     back = order.argsort(dim=-1)
     out = _take(out.reshape(-1, rounds, buckets * size, dim), back)
     total = _take(total.reshape(-1, rounds, buckets * size, 1), back)
-    out = (out * total.softmax(dim=1)).sum(dim=1)
+    out = (out * (total * math.log(2)).softmax(dim=1)).sum(dim=1)
     return out.reshape(groups, heads, tokens, dim).to(kind)
 
 
