@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops
 
+from glattn.files import one_line
+
 PACKAGE = "@iconify/json@2.2.535"
 # what may be used by anyone, in anything, without more than a name: neither copyleft nor non-commercial ones
 PERMISSIVE = {
@@ -122,7 +124,7 @@ def open_package(path: Path | None, cache: Path) -> Package:
                 with tarfile.open(archive) as tar:
                     tar.extractall(out, filter="data")
             except (tarfile.TarError, EOFError, zlib.error) as error:
-                raise ValueError(f"{archive} is damaged or no .tgz of {PACKAGE}: {error}") from None
+                raise ValueError(f"{archive} is damaged or no .tgz of {PACKAGE}: {one_line(error)}") from None
             if not (out / "package").is_dir():
                 raise ValueError(f"{archive} holds no folder package/: is it the .tgz of {PACKAGE}?")
             (out / "package").rename(cache)

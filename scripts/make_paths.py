@@ -154,6 +154,8 @@ def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> No
         raise ValueError(f"{folder} exists already; remove it, or give another --out")
     if pixels < 48:
         raise ValueError(f"{pixels} pixels are too few for {2 * PAIRS} curves: give 48 or more")
+    if min(counts.values()) < 2:
+        raise ValueError(f"{min(counts.values())} images are too few for two classes: give 2 or more")
     with new_folder(folder) as root:
         for split, count in counts.items():
             for label in LABELS:

@@ -449,6 +449,25 @@ def test_a_model_that_cannot_is_a_row_and_the_others_are_measured(tmp_path):
     assert by_name["test_vit"]["images_per_second"] == ""
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_call_that_measures_nothing_fails(resume, tmp_path, capsys):
+    assert main(["benchmark", "test_vit", "--out", str(tmp_path), *SHORT, "--pixels", "36", *resume]) == 1
+    assert "test_vit: not measured: AssertionError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [(["", "test_resnet"], "no model of timm is named ''"), (["test_resnet", "--turn", "inf"], "--turn is inf"),
+     (["test_resnet", "--minutes", "nan"], "--minutes is nan")],
+)  # fmt: skip
+def test_a_mistake_is_one_line(mistake, said, tmp_path, capsys):
+    assert main(["benchmark", *mistake, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

@@ -93,4 +93,6 @@ def test_folders_are_balanced_whole_and_the_same_from_the_same_seed(tmp_path):
         make_paths.build(tmp_path / "a", pixels=64, seed=0, counts=counts)
     with pytest.raises(ValueError, match="too few"):
         make_paths.build(tmp_path / "d", pixels=16, seed=0, counts=counts)
+    with pytest.raises(ValueError, match="-4 images are too few"):
+        make_paths.build(tmp_path / "d", pixels=64, seed=0, counts={**counts, "train": -4})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]

@@ -321,6 +321,9 @@ def test_the_same_images_may_have_moved(reference, images, halted, tmp_path):
     list_states(halted / "checkpoints")[-1].unlink()
     assert "resumed from epoch 1, step 2" in finish(halted, f"data={tmp_path / 'moved'}")
     assert runs.metrics(halted) == runs.metrics(reference)
+    listed = (halted / "skipped.txt").read_text().splitlines()
+    assert len(listed) == 2
+    assert all(Path(path).is_relative_to(tmp_path / "moved") for path in listed)
 
 
 @pytest.mark.parametrize(("split", "move"), [

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -358,9 +359,12 @@ MISTAKES = {
     "teacher=test_resnett": "unknown model 'test_resnett'",
     "data=/nowhere": "no folder '/nowhere'",
     f"run={__file__}": "is a file; give a folder",
+    "run=caf\udce9": "run=caf\\udce9: the name is no UTF-8",
     "tracker=tensorbord": "tensorbord",
     "tracker=aim": "tracker=aim: its package is not installed",
     "dataset=hfds": "dataset='hfds'",
+    "dataset=torch/cifar10 data=": "dataset='torch/cifar10' needs data=FOLDER",
+    "loss=bce label_smoothing=1": "label_smoothing=1: loss=bce takes less than 1",
     "epoch_samples=5": "epoch_samples=5: only fractals",
 }
 
@@ -619,6 +623,8 @@ def test_class_weights_balance_the_loss(tmp_path):
     torch.testing.assert_close(task.criterion(logits, targets), sum(parts) / 2)  # accumulated or in two processes
     plain = build.build_task(TrainConfig(**QUICK), model, train.class_names, train.class_counts(), CPU)
     assert plain.criterion.weight is None
+    unseen = build.build_task(config, model, train.class_names, np.array([0, 6]), CPU)  # of fractals, a few are drawn
+    assert unseen.criterion.weight.isfinite().all()
 
 
 def test_a_folder_is_trained_in_by_one_process_at_a_time(trainer, monkeypatch):

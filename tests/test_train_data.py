@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import tarfile
@@ -14,12 +15,13 @@ import torch
 from image_folders import COLOURS, noisy, spoil, write_class, write_folder
 from PIL import Image
 from timm.data import create_transform
+from timm.data.readers.img_extensions import get_img_extensions
 
 from glattn.cli import main
 from glattn.training import build
 from glattn.training.batches import TrainingBatches, ValidationBatches, make_loader, seed_everything
 from glattn.training.config import TrainConfig
-from glattn.training.data import open_folder, open_sources
+from glattn.training.data import EXTENSIONS, open_folder, open_sources
 from glattn.training.images import BadImageError, find_bad, read_image
 
 RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (16, 1))
@@ -231,8 +233,12 @@ def test_hidden_folders_are_left_out(tmp_path):
 
 def test_a_run_folder_is_no_class(tmp_path, monkeypatch, capsys):
     root = write_folder(tmp_path / "images", val=0)
+    write_folder(tmp_path / "both")
     monkeypatch.chdir(root)
-    for data, run in ((".", []), (".", ["run=out"]), (str(root), [f"run={root}/out/mine"])):
+    for data, run in (
+        (".", []), (".", ["run=out"]), (".", ["run=."]), (str(root), [f"run={root}/out/mine"]),
+        ("../both", ["run=../both/val"]), ("../both", ["run=../both/train/out"]),
+    ):  # fmt: skip
         before = sorted(root.rglob("*"))
         assert main(["train", "--data", data, "model=test_glattn", *run]) == 1
         assert "each folder is a class; give another run=FOLDER" in capsys.readouterr().err
@@ -322,6 +328,49 @@ def test_names_alike_but_for_case_and_zeros_have_one_order(tmp_path):
     for source in (folder, packed):
         for i in range(len(source)):
             assert Path(source.name(i)).parent.name == source.class_names[source.read(i)[1]]
+
+
+def packed(folder):
+    """Pack a folder beside it, and return the .tar."""
+    with tarfile.open(f"{folder}.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    return Path(f"{folder}.tar")
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize("suffix", EXTENSIONS)
+def test_a_tar_holds_every_kind_of_image_that_a_folder_does(suffix, tmp_path):
+    for name, colour in COLOURS.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        noisy(colour, 0).convert("L" if suffix == ".pgm" else "RGB").save(tmp_path / "data" / name / f"0{suffix}")
+    before = get_img_extensions()
+    folder, archive = open_folder(tmp_path / "data"), open_folder(packed(tmp_path / "data"))
+    assert archive.digest() == folder.digest()
+    assert len(archive) == len(COLOURS)
+    assert get_img_extensions() == before
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize("break_it", [two_of_one_name, one_within_another, loose_images, no_images])
+def test_a_broken_tar_is_refused_as_its_folder(break_it, tmp_path):
+    root = write_folder(tmp_path / "data")
+    break_it(root)
+    with pytest.raises(ValueError, match=re.escape(PROBLEMS[break_it].replace("(loose", "(./loose"))):
+        open_folder(packed(root / "train"))
+
+
+@LEFT_OPEN
+def test_tars_in_a_tar_are_classes(tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name in ("red", "blue"):
+            write_class(tmp_path / name, COLOURS[name], 2)
+            with tarfile.open(tmp_path / f"{name}.tar", "w") as inner:
+                for path in (tmp_path / name).iterdir():
+                    inner.add(path, arcname=path.name)
+            tar.add(tmp_path / f"{name}.tar", arcname=f"{name}.tar")
+    source = open_folder(tmp_path / "all.tar")
+    assert source.class_names == ("blue", "red")
+    assert source.class_counts().tolist() == [2, 2]
 
 
 def test_a_tar_that_is_none_is_refused(tmp_path):

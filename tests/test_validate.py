@@ -81,11 +81,30 @@ def test_every_image_counts_once_whatever_the_batch(images, checkpoint, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json"]
 
 
-def test_speed_is_that_of_all_batches_but_the_first():
+@pytest.mark.parametrize(("batches", "worked", "read"), [(1, 0, 0), (2, 8, 0), (3, 16, 8), (5, 32, 24)])
+def test_speed_is_that_of_all_batches_but_the_first_and_of_reading_but_the_last(batches, worked, read):
     watch = Stopwatch()
-    for _ in watch([(torch.zeros(8), 0), (torch.zeros(8), 0), (torch.zeros(3), 0)]):
+    for _ in watch([(torch.zeros(8), 0)] * batches):
         pass
-    assert watch.images == 11
+    assert (watch.worked, watch.read) == (worked, read)
+    assert [speed is None for speed in watch.speeds().values()] == [read == 0, worked == 0]
+
+
+def test_speed_with_reading_is_that_of_a_loader_that_reads_ahead(monkeypatch):
+    """As timm's does: the first call waits for two batches, the last for none."""
+    now = 0.0
+    monkeypatch.setattr("glattn.training.validate.time.perf_counter", lambda: now)
+
+    def loader():
+        nonlocal now
+        for reads in (2, 1, 1, 0):
+            now += 0.5 * reads
+            yield torch.zeros(8), 0
+
+    watch = Stopwatch()
+    for _ in watch(loader()):
+        now += 0.5
+    assert watch.speeds() == {"images_per_second": 8.0, "model_images_per_second": 16.0}
 
 
 def test_size_crop_and_present_classes_are_what_was_asked(images, checkpoint, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def choose_models(patterns: Sequence[str], sizes: Sequence[str] | None) -> list[
     names = [name for size in sizes or () for name in of_size(size)]
     for pattern in patterns:
         name, options = split_options(pattern)
-        found = timm.list_models(name)
+        found = timm.list_models(name) if name else []  # which takes an empty name for all
         if not found or (options and found != [name]):
             raise ValueError(f"no model of timm is named {name!r}; `timm.list_models('*part*')` finds names")
         names += [join_options(name, options)] if options else found
@@ -108,8 +109,8 @@ def run(args: argparse.Namespace) -> int:
 
     for name in ("rounds", "turn", "minutes", "threads"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name} is {value}: it must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value}: it must be a number above 0")
     if min([*args.batch, *args.pixels, *(args.sweep or ())]) < 1:
         raise ValueError("--batch, --pixels and --sweep take numbers above 0")
     names = choose_models(args.models, args.size)
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and uncommitted:
         print("rows of uncommitted code are measured again")
     cases = choose_cases(args)
-    left = len(cases)
+    left, measured_any = len(cases), False
     with tqdm(disable=not sys.stderr.isatty(), leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}|") as bar:
 
         def report(what: str, done: int, total: int) -> None:
@@ -154,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
 
         session = Session(path, settings, device, about, report, resume=args.resume)
         for case, measured in session.run(names, cases):
+            measured_any |= any(not row["error"] for row in measured)
             left -= all(row["error"] or int(row["rounds"]) >= args.rounds for row in measured)
             bar.clear()
             first = next((row for row in measured if not row["error"]), None)
@@ -168,4 +170,4 @@ def run(args: argparse.Namespace) -> int:
     if left:
         then = "commit first: rows of uncommitted code are measured again" if uncommitted else "go on with --resume"
         print(f"time is up: {left} of {len(cases)} cases are left; {then}")
-    return 0
+    return int(not left and not measured_any)

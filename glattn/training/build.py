@@ -183,7 +183,7 @@ def build_task(
     """Create timm's task: classification, or distillation from a teacher."""
     weight = None
     if config.class_weights == "balanced":
-        weight = torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
+        weight = torch.tensor(counts.sum() / (len(counts) * counts.clip(min=1)), dtype=torch.float32)
     mixed = config.mixup > 0 or config.cutmix > 0
     smoothing = 0.0 if mixed else config.label_smoothing  # Mixup smooths the targets that it makes
     if config.loss == "bce":

@@ -138,6 +138,8 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not low <= value <= high:
                     raise ValueError(f"{name}={value} is out of range: allowed is {low:g} to {high:g}")
+        if self.loss == "bce" and self.label_smoothing == 1:
+            raise ValueError("label_smoothing=1: loss=bce takes less than 1")
         if self.resume not in ("", "auto"):
             raise ValueError(f"resume={self.resume!r}: allowed is 'auto' or nothing")
         if self.instances > 1 and self.dataset != "fractals":

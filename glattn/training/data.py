@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers import img_extensions
 from timm.utils.misc import natural_key
 from torch.utils.data import Sampler
 
@@ -124,6 +126,8 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
             if config.partial_val and set(val.class_names) < set(train.class_names):
                 val = open_folder(val_root, class_map={name: number for number, name in enumerate(train.class_names)})
     else:
+        if not config.data and config.dataset.partition("/")[0].lower() != "hfds":
+            raise ValueError(f"dataset={config.dataset!r} needs data=FOLDER, where its files are")
         place = str(root) if config.data else ""
         train = _open_named(config.dataset, place, config.train_split)
         val = _open_named(config.dataset, place, config.val_split)
@@ -132,16 +136,19 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
 
 
 def check_run_folder(config: TrainConfig, run: Path) -> None:
-    """Refuse a run folder among the folders of the classes, where it would be one of them.
+    """Refuse a run folder that holds the folders of the classes, or lies among them and would be one.
 
     Raises:
-        ValueError: It lies there.
+        ValueError: It does.
     """
     if config.dataset in ("", "digits") and config.data:
         root = user_path(config.data)
-        classes = find_split(root, config.train_split) or root
-        if classes.resolve() in run.resolve().parents:
-            raise ValueError(f"run={run} lies in {classes}, where each folder is a class; give another run=FOLDER")
+        train, val = find_split(root, config.train_split), find_split(root, config.val_split)
+        for classes in (train or root, val):
+            if classes and classes.resolve() in (run.resolve(), *run.resolve().parents):
+                raise ValueError(
+                    f"run={run} is, or lies in, {classes}, where each folder is a class; give another run=FOLDER"
+                )
 
 
 def open_split(data: str, split: str, class_names: tuple[str, ...] | None = None) -> Source:
@@ -175,19 +182,19 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     if is_folder:
         loose = next((p.name for p in root.iterdir() if p.is_file() and p.suffix.lower() in EXTENSIONS), None)
         if loose:
-            raise ValueError(f"{root} holds images of no class ({loose}, ...); each belongs into a folder of its class")
+            raise _loose(root, loose)
+    empty = ValueError(f"no images in {root}; it should hold one folder a class, with {', '.join(EXTENSIONS)}")
     try:
-        arguments: dict[str, Any] = {"input_key": ";".join(EXTENSIONS)} if is_folder else {}
-        if class_map:
-            arguments["class_map"] = class_map
-        dataset = create_dataset("", root=str(root), search_split=False, **arguments)
+        arguments: dict[str, Any] = {"class_map": class_map} if class_map else {}
+        with _image_extensions():
+            dataset = create_dataset("", root=str(root), search_split=False, **arguments)
         if is_folder:
             _leave_hidden_out(dataset.reader, root)
     except RuntimeError:
-        raise ValueError(
-            f"no images in {root}; it should hold one folder a class, with {', '.join(EXTENSIONS)}"
-        ) from None
-    except (tarfile.TarError, AssertionError, TypeError, OSError) as error:
+        raise empty from None
+    except (tarfile.TarError, AssertionError, TypeError, OSError, ValueError) as error:
+        if "unpack" in str(error):  # what timm makes of a .tar without any
+            raise empty from None
         raise ValueError(f"{root} is neither a folder nor a .tar that can be read: {error}") from None
     reader = dataset.reader
     if is_folder:
@@ -200,37 +207,66 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     if is_folder:
         reader.class_to_idx = mapping
         reader.samples = [(path, target) for (path, _), target in zip(reader.samples, targets, strict=True)]
-        _check_folders(reader.samples, root)
+        homes = [os.path.dirname(_within(path, root)) for path, _ in reader.samples]
+        _check_none_empty(homes, root)
     else:
         reader.class_name_to_idx, reader.targets = mapping, np.array(targets)
+        homes = [_home(member, archive) for member, _, archive in reader.samples]
+        if "." in homes:
+            raise _loose(root, reader.samples[homes.index(".")][0].name)
+    _check_homes(homes, targets, root)
     names = [""] * (max(mapping.values()) + 1)
     for name, index in mapping.items():
         names[index] = name
     return Source(dataset, np.arange(len(targets)), np.array(targets, dtype=np.int64), tuple(names))
 
 
-def _check_folders(samples: Sequence[tuple[str, int]], root: Path) -> None:
-    """Refuse a class without images, one of two folders, and one within another."""
+@contextmanager
+def _image_extensions() -> Iterator[None]:
+    """Have timm's readers take what this package takes for images; one has no argument for it."""
+    before = img_extensions.get_img_extensions()
+    img_extensions.set_img_extensions(EXTENSIONS)
+    try:
+        yield
+    finally:
+        img_extensions.set_img_extensions(before)
+
+
+def _loose(root: Path, name: str) -> ValueError:
+    return ValueError(f"{root} holds images of no class ({name}, ...); each belongs into a folder of its class")
+
+
+def _home(member: tarfile.TarInfo, archive: tarfile.TarInfo | None) -> str:
+    """Return the folder of a .tar's member, in the .tar within that if it is of one; "." where there is none."""
+    above = "" if archive is None else os.path.splitext(os.path.basename(archive.name))[0]
+    return os.path.normpath(os.path.join(above, os.path.dirname(member.path)))
+
+
+def _check_none_empty(homes: Iterable[str], root: Path) -> None:
+    """Refuse a class without images."""
     # a class is a folder that holds something: sub-folders of one without images are not classes of their own
-    holding = {_within(path, root).partition(os.sep)[0] for path, _ in samples}
+    holding = {home.partition(os.sep)[0] for home in homes}
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
         if folder.name not in holding:
             raise ValueError(f"class {folder.name!r} is empty: no images in {folder}; add some or remove the folder")
-    homes: dict[int, str] = {}  # timm names a class by the last folder alone
-    for path, target in samples:
-        home = os.path.dirname(path)
-        if homes.setdefault(target, home) != home:
-            name, both = os.path.basename(home), sorted(os.path.relpath(h, root) for h in (homes[target], home))
+
+
+def _check_homes(homes: Sequence[str], targets: Sequence[int], root: Path) -> None:
+    """Refuse a class of two folders, and one within another."""
+    of_class: dict[int, str] = {}  # timm names a class by the last folder alone
+    for home, target in zip(homes, targets, strict=True):
+        if of_class.setdefault(target, home) != home:
+            name, both = os.path.basename(home), sorted((of_class[target], home))
             raise ValueError(
                 f"class {name!r} has two folders in {root}, {' and '.join(both)}; give each class one folder, of a"
                 " name of its own"
             )
-    folders = {Path(home) for home in homes.values()}
+    folders = {Path(home) for home in of_class.values()}
     for folder in sorted(folders):
         if above := folders.intersection(folder.parents):
             raise ValueError(
-                f"{above.pop()} holds images, and so does {folder.name} in it, which would be a class of its own;"
-                " give each class one folder"
+                f"{root / above.pop()} holds images, and so does {folder.name} in it, which would be a class of its"
+                " own; give each class one folder"
             )
 
 

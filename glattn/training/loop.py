@@ -44,7 +44,7 @@ class Progress:
         loss_sum: Sum of the losses of those steps.
         rows: One a finished epoch, as in metrics.csv.
         best: The row of the exported model.
-        bad: Training images that could not be read.
+        bad: Numbers of training images that could not be read.
     """
 
     epoch: int = 0
@@ -52,7 +52,7 @@ class Progress:
     loss_sum: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
-    bad: list[str] = field(default_factory=list)
+    bad: list[int] = field(default_factory=list)
 
 
 class Trainer:
@@ -378,12 +378,12 @@ class Trainer:
         if self.seen:
             asked, given = torch.cat(self.seen).unbind(1)
             self.seen.clear()
-            found = {self.train_source.name(index) for index in asked[asked != given].tolist()}
-            self.progress.bad = sorted(found.union(self.progress.bad))
+            self.progress.bad = sorted({*asked[asked != given].tolist(), *self.progress.bad})
 
     def list_bad(self, predictions: Predictions) -> None:
         """Write and announce which images were left out."""
-        bad = [*self.progress.bad, *(self.val_source.name(int(index)) for index in predictions.bad)]
+        seen = ((self.train_source, self.progress.bad), (self.val_source, predictions.bad))
+        bad = [source.name(int(index)) for source, indices in seen for index in indices]
         listing = self.folder / "skipped.txt"
         text = plain("".join(f"{name}\n" for name in bad))
         if bad and (not listing.exists() or listing.read_text(encoding="utf-8") != text):

@@ -36,10 +36,12 @@ def choose_folder(config: TrainConfig) -> Path:
     """Return the run's folder: the one asked for, or runs/MODEL-DATA, numbered where that exists.
 
     Raises:
-        ValueError: The folder asked for holds another run.
+        ValueError: The folder asked for holds another run, or has a name that safetensors cannot take.
     """
     if config.run:
         folder = user_path(config.run)
+        if plain(config.run) != config.run:
+            raise ValueError(f"run={plain(config.run)}: the name is no UTF-8, under which no weights can be read")
         if not config.resume and (folder / "config.yaml").exists():
             raise ValueError(f"{folder} holds a run already; --resume auto goes on with it, or give another run=FOLDER")
         return folder

@@ -110,37 +110,41 @@ def open_images(folder: Path, classifier: Classifier, model: str) -> Source:
 
 
 class Stopwatch:
-    """Seconds that a loader is waited for, and that its batches are worked on.
+    """Images and seconds of a loader's batches: of work on them, and of that with waiting for them.
 
-    The first batch is left out of both: it pays for starting workers and for warming up.
+    The first batch is left out of both: it pays for starting workers and for warming up. So is the last of the second:
+    a loader that reads ahead has nothing left to read then.
     """
 
     def __init__(self) -> None:
-        self.images, self.waiting, self.working = 0, 0.0, 0.0
+        self.worked, self.working = 0, 0.0
+        self.read, self.reading = 0, 0.0
 
     def __call__(self, loader: Any) -> Iterator[Any]:
         """Yield the loader's batches."""
-        batches, first = iter(loader), True
+        batches, number, images, seconds = iter(loader), 0, 0, 0.0
         while True:
             begun = time.perf_counter()
             batch = next(batches, None)
             got = time.perf_counter()
             if batch is None:
                 return
+            if number > 1:  # the batch before was not the last
+                self.read += images
+                self.reading += seconds
             yield batch
-            if not first:
-                self.images += len(batch[0])
-                self.waiting += got - begun
-                self.working += time.perf_counter() - got
-            first = False
+            done = time.perf_counter()
+            images, seconds = len(batch[0]), done - begun
+            if number > 0:
+                self.worked += images
+                self.working += done - got
+            number += 1
 
     def speeds(self) -> dict[str, float | None]:
-        """Return images a second, with reading and of the model alone; None where there was one batch only."""
-        if not self.images:
-            return {"images_per_second": None, "model_images_per_second": None}
+        """Return images a second, with reading and of the model alone; None where there were too few batches."""
         return {
-            "images_per_second": round(self.images / (self.waiting + self.working), 1),
-            "model_images_per_second": round(self.images / self.working, 1),
+            "images_per_second": round(self.read / self.reading, 1) if self.read else None,
+            "model_images_per_second": round(self.worked / self.working, 1) if self.worked else None,
         }
 
 
