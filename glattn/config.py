@@ -100,8 +100,11 @@ class MixerConfig:
             raise ValueError(f"kernel_sizes has {bad}; every size must be odd and positive, such as (1, 3, 5)")
         if bad := [w for w in self.window_sizes if w < 0]:
             raise ValueError(f"window_sizes has {bad}; a size is positive, or 0 for the whole map")
-        if isinstance(self.local_groups, bool) or not isinstance(self.local_groups, int):
-            check_choice("local_groups", self.local_groups, ("depthwise", "dense"), "or a number of groups")
+        groups: Any = self.local_groups
+        if isinstance(groups, bool) or not isinstance(groups, Integral):
+            check_choice("local_groups", groups, ("depthwise", "dense"), "or a number of groups")
+        else:
+            object.__setattr__(self, "local_groups", int(groups))
         positive = (
             "head_dim", "pool_stride", "window_size", "window_ratio", "window_tokens", "random_features",
             "linformer_rank", "lsh_bucket_size", "lsh_rounds",

@@ -122,8 +122,10 @@ def test_numbers_of_numpy_are_numbers():
         "in_chans": np.uint8(1),
     }
     model = timm.create_model(
-        "test_glattn", head_dim=np.int32(8), depths=(np.int64(1),) * 4, stem_stride=np.int64(2), **given
-    )
+        "test_glattn", head_dim=np.int32(8), depths=(np.int64(1),) * 4, stem_stride=np.int64(2), **given,
+        local_groups=np.int64(2),
+    )  # fmt: skip
+    model.set_input_size(np.int64(64))
     assert model.head.fc.out_features == 3
     json.dumps([model.config.to_dict(), model.num_classes, model.drop_rate])
 

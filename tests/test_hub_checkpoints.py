@@ -303,6 +303,9 @@ def test_push_refuses_what_would_not_load(tmp_path, model):
     folded = timm.utils.reparameterize_model(trained())
     with pytest.raises(ValueError, match=r"^the model is folded: .*; push the one that it was folded from$"):
         push(folded, "org/name", dry_run=tmp_path / "out")
+    features = timm.create_model("test_glattn", features_only=True)
+    with pytest.raises(ValueError, match=r"^FeatureListNet gives features alone; push the whole model$"):
+        push(features, "org/name", dry_run=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

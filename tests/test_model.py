@@ -137,9 +137,20 @@ def test_folding_in_steps_is_the_same():
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         expected = model(x)
-        for block in itertools.chain.from_iterable(stage.blocks for stage in model.stages):
+        for block in model.stages[0].blocks:
+            reparameterize_model(block.mixer.local.conv, inplace=True)
+            reparameterize_model(block.mixer.attn.embed, inplace=True)
+        for block in itertools.chain.from_iterable(stage.blocks for stage in model.stages[1:]):
             reparameterize_model(block.mixer, inplace=True)
         assert relative(reparameterize_model(model)(x), expected) < 1e-10
+
+
+def test_a_stem_and_a_head_of_ones_own_are_called_for_themselves():
+    model, x = timm.create_model("test_glattn").eval(), torch.randn(2, 3, 64, 64)
+    model.stem, model.head = nn.Conv2d(3, model.config.dims[0], 4, 4), nn.Identity()
+    last, maps = model.forward_intermediates(x)
+    assert torch.equal(model(x), last)
+    assert [tuple(m.shape[2:]) for m in maps] == [(16, 16), (8, 8), (4, 4), (2, 2)]
 
 
 def test_what_is_frozen_is_folded_frozen():

@@ -76,6 +76,8 @@ def _load(source: nn.Module | str | os.PathLike[str], record: Record | None) -> 
         model = unwrap_model(source)
         if not getattr(model, "pretrained_cfg", None):
             raise ValueError(f"{type(model).__name__} is not one of timm's models: it has no pretrained_cfg")
+        if not hasattr(model, "num_classes"):
+            raise ValueError(f"{type(model).__name__} gives features alone; push the whole model")
         if isinstance(model, GLAttn) and not hasattr(model.stem.conv1, "bn"):
             raise ValueError(
                 "the model is folded: its weights fit none that can be created; push the one that it was folded from"

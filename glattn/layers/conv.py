@@ -112,11 +112,11 @@ class MultiScaleConv(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Conv2d:
         """Return the one convolution that this module computes in evaluation mode."""
-        largest = max(self.branches, key=lambda branch: branch.conv.kernel_size[0])
-        side = largest.conv.kernel_size[0]
+        largest = max(map(conv_of, self.branches), key=lambda conv: conv.kernel_size[0])
+        side = largest.kernel_size[0]
         weights, biases = zip(*(folded(branch) for branch in self.branches), strict=True)
         weight = sum(F.pad(w, [(side - w.shape[-1]) // 2] * 4) for w in weights)
-        return like(largest.conv, weight, sum(biases))
+        return like(largest, weight, sum(biases))
 
 
 def folded(branch: nn.Module) -> tuple[Tensor, Tensor]:
@@ -127,6 +127,11 @@ def folded(branch: nn.Module) -> tuple[Tensor, Tensor]:
     return fuse_conv_bn_weights(
         branch.conv.weight, branch.conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
     )
+
+
+def conv_of(branch: nn.Module) -> nn.Module:
+    """Return the convolution of a `ConvNorm`; one that was folded before, as is."""
+    return branch if isinstance(branch, nn.Conv2d) else branch.conv
 
 
 def like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:

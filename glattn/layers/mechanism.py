@@ -298,10 +298,11 @@ class Reformer(nn.Module):
 def _take(x: Tensor, order: Tensor) -> Tensor:
     """Return tokens of ``x``, ``(S, R or 1, N, D)``, in this order, ``(S, R, M)``: whole rows, for speed."""
     first = x.shape[2] * torch.arange(x.shape[0] * x.shape[1], device=x.device).reshape(x.shape[0], x.shape[1], 1)
-    return x.flatten(0, 2).index_select(0, (first + order).flatten()).reshape(*order.shape, x.shape[3])
+    rows = x.flatten(0, 2).index_select(0, (first + order).flatten())
+    return rows.reshape(order.shape[0], order.shape[1], order.shape[2], x.shape[3])
 
 
-def _with_previous(x: Tensor, first: int = 0) -> Tensor:
+def _with_previous(x: Tensor, first: float = 0.0) -> Tensor:
     """Return each bucket with the one before it: ``(S, buckets, size, D) -> (S, buckets, 2 size, D)``."""
     return torch.cat([x, F.pad(x, [0, 0, 0, 0, 1, -1], value=first)], dim=2)
 
@@ -336,7 +337,7 @@ def lsh_attention(q: Tensor, v: Tensor, mask: Tensor | None, directions: Tensor,
     q = _take(q, wide).reshape(-1, buckets, size, dim)
     v = _take(v, wide).reshape(-1, buckets, size, dim)
     place = wide.reshape(-1, buckets, size, 1)
-    seen = _with_previous(place.masked_fill(~real.reshape(-1, buckets, size, 1), -1), first=-1).transpose(2, 3)
+    seen = _with_previous(place.masked_fill(~real.reshape(-1, buckets, size, 1), -1), first=-1.0).transpose(2, 3)
 
     # all in powers of two: exp of what is hidden takes MKL twenty times as long
     hidden = torch.zeros_like(seen, dtype=q.dtype).masked_fill(seen < 0, -1e9)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat, trunc_normal_
 from torch import Tensor, nn
 
-from glattn.layers.conv import ConvNorm, folded, like
+from glattn.layers.conv import ConvNorm, conv_of, folded, like
 from glattn.layers.tracing import sizes_are_known
 
 
@@ -266,7 +266,7 @@ class ConvPosition(nn.Module):
         """Return the one convolution that this module computes in evaluation mode."""
         weight, bias = folded(self.conv)
         centre = F.pad(torch.ones_like(weight[:, :, :1, :1]), [1, 1, 1, 1])
-        return like(self.conv.conv, weight + centre, bias)
+        return like(conv_of(self.conv), weight + centre, bias)
 
 
 def _identity(dim: int, **factory: Any) -> nn.Module:

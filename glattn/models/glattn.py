@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +223,13 @@ class GLAttn(nn.Module):
         before = self.num_stem_features
         take_indices, max_index = feature_take_indices(before + len(self.stages), indices)
         intermediates: list[Tensor] = []
-        x = self.stem.act(self.stem.conv1(x))
-        if before > 0 and 0 in take_indices:
-            intermediates.append(x)
-        x = self.stem.pos_embed(self.stem.conv2(x))
+        if before > 0:
+            x = self.stem.act(self.stem.conv1(x))
+            if 0 in take_indices:
+                intermediates.append(x)
+            x = self.stem.pos_embed(self.stem.conv2(x))
+        else:
+            x = self.stem(x)
         for i, stage in enumerate(self.stages):
             if not stop_early or before + i <= max_index:
                 x = stage(x)
@@ -257,7 +261,7 @@ class GLAttn(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the classes' logits of a map, or with ``pre_logits`` what the classifier reads."""
-        return self.head(x, pre_logits=pre_logits)
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)  # a head of one's own may take no more
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the classes' logits, ``(B, num_classes)``."""
@@ -280,10 +284,10 @@ def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: It is neither a positive integer nor two of them.
     """
-    sides: tuple[int, ...] = tuple(img_size) if isinstance(img_size, Iterable) else (img_size, img_size)
-    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
+    sides: tuple[Any, ...] = tuple(img_size) if isinstance(img_size, Iterable) else (img_size, img_size)
+    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, Integral) or s < 1 for s in sides):
         raise ValueError(f"img_size={img_size!r}; give one side, or (height, width), in whole pixels")
-    return sides
+    return int(sides[0]), int(sides[1])
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
