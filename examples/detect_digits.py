@@ -25,8 +25,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 import glattn  # noqa: F401 (registers the family)
+from glattn.figures import save_figure
 from glattn.heads import fpn_backbone
-from glattn.training.figures import save_figure
 
 ASPECTS = (0.8, 1.25, 2.0)  # height over width
 

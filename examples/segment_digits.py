@@ -20,8 +20,8 @@ from scores import confusion, intersections_over_unions
 from torch import Tensor, nn
 
 import glattn  # noqa: F401 (registers the family)
+from glattn.figures import save_figure
 from glattn.heads import unetformer
-from glattn.training.figures import save_figure
 
 NAMES = ("background", *CLASSES)
 IGNORED = 255  # what pads the masks of a batch

@@ -140,7 +140,7 @@ def draw(rows: list[Row], path: Path) -> None:
         f"of the same seeds; 95% interval of resampled tests\ngrey: as far as its own seeds are apart, {apart:.1f}"
     )
     speed_axes.axvline(1, color="#475569", linewidth=1)
-    speed_axes.set_xlabel(f"images a second, as multiples of\n{first['design']}'s; 224 pixels, batch 8")
+    speed_axes.set_xlabel(f"images a second, as multiples of\n{first['design']}'s\n224 pixels, batch 8")
     for axes in (accuracy_axes, speed_axes):
         axes.grid(alpha=0.3)
     save_figure(figure, path)
