@@ -161,6 +161,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        self.progress.bad = [number for number in self.progress.bad if isinstance(number, int)]  # once they were names
         self.say(f"resumed from epoch {self.progress.epoch}, step {self.progress.step}")
 
     def save(self) -> None:

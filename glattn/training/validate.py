@@ -216,7 +216,7 @@ def table(found: dict[str, Any]) -> str:
         ("loss", f"{found['loss']:.4f} nats"),
         ("ECE", f"{found['ece']:.2f}%"),
         ("speed", f"{speed} img/s with reading, {model_speed} img/s the model alone ({found['device']})"
-         if speed else "not measured: one batch only"),
+         if speed else "not measured: fewer than three batches"),
     ]  # fmt: skip
     lines = [f"{name:<8} {value}" for name, value in rows]
     if found["unreadable"]:
