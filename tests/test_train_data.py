@@ -287,17 +287,22 @@ def test_a_class_keeps_an_image_to_train_on(tmp_path):
 LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+def packed(folder):
+    """Pack a folder beside it, and return the .tar."""
+    with tarfile.open(f"{folder}.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    return Path(f"{folder}.tar")
+
+
 @LEFT_OPEN
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tar_reads_as_its_folder(workers, tmp_path):
     root = write_folder(tmp_path / "data", train=6)
-    packed = tmp_path / "packed"
-    packed.mkdir()
+    (tmp_path / "packed").mkdir()
     for split in ("train", "val"):
-        with tarfile.open(packed / f"{split}.tar", "w") as tar:
-            tar.add(root / split, arcname=".")
+        packed(root / split).rename(tmp_path / "packed" / f"{split}.tar")
     folder, _ = open_sources(TrainConfig(data=str(root)))
-    archive, val = open_sources(TrainConfig(data=str(packed)))
+    archive, val = open_sources(TrainConfig(data=str(tmp_path / "packed")))
     assert archive.class_names == folder.class_names == tuple(COLOURS)
     assert archive.digest() == folder.digest() != val.digest()
     assert val.class_counts().tolist() == [4, 4, 4]
@@ -320,21 +325,12 @@ def test_names_alike_but_for_case_and_zeros_have_one_order(tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True)
         for file in ("1.png", "01.png", "001.png"):
             noisy(COLOURS["red"], 0).save(tmp_path / "data" / name / file)
-    with tarfile.open(tmp_path / "data.tar", "w") as tar:
-        tar.add(tmp_path / "data", arcname=".")
-    folder, packed = (open_folder(tmp_path / name) for name in ("data", "data.tar"))
-    assert folder.class_names == packed.class_names == tuple(classes)
+    folder, archive = open_folder(tmp_path / "data"), open_folder(packed(tmp_path / "data"))
+    assert folder.class_names == archive.class_names == tuple(classes)
     assert [Path(folder.name(i)).name for i in range(6)] == ["001.png", "01.png", "1.png"] * 2
-    for source in (folder, packed):
+    for source in (folder, archive):
         for i in range(len(source)):
             assert Path(source.name(i)).parent.name == source.class_names[source.read(i)[1]]
-
-
-def packed(folder):
-    """Pack a folder beside it, and return the .tar."""
-    with tarfile.open(f"{folder}.tar", "w") as tar:
-        tar.add(folder, arcname=".")
-    return Path(f"{folder}.tar")
 
 
 @LEFT_OPEN
@@ -374,10 +370,15 @@ def test_tars_in_a_tar_are_classes(tmp_path):
 
 
 def test_a_tar_that_is_none_is_refused(tmp_path):
+    root = tmp_path / "unpacked"  # a word of the message that tells a .tar without images
+    root.mkdir()
     for split in ("train", "val"):
-        (tmp_path / f"{split}.tar").write_bytes(b"no archive")
+        (root / f"{split}.tar").write_bytes(b"no archive")
+    (root / "lost.tar").symlink_to(root / "nowhere.tar")
     with pytest.raises(ValueError, match=r"train\.tar is neither a folder nor a \.tar"):
-        open_sources(TrainConfig(data=str(tmp_path)))
+        open_sources(TrainConfig(data=str(root)))
+    with pytest.raises(ValueError, match=r"lost\.tar is neither a folder nor a \.tar"):
+        open_folder(root / "lost.tar")
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -478,8 +479,7 @@ def test_check_data_reads_archives(tmp_path, capsys):
     root = write_folder(tmp_path / "data")
     spoil(root / "train" / "red" / "003.png", "truncated")
     for split in ("train", "val"):
-        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
-            tar.add(root / split, arcname=".")
+        packed(root / split).rename(tmp_path / f"{split}.tar")
     assert main(["check-data", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert "red/003.png: " in said

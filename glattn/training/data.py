@@ -193,7 +193,7 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     except RuntimeError:
         raise empty from None
     except (tarfile.TarError, AssertionError, TypeError, OSError, ValueError) as error:
-        if "unpack" in str(error):  # what timm makes of a .tar without any
+        if str(error).startswith("not enough values to unpack"):  # what timm makes of a .tar without any
             raise empty from None
         raise ValueError(f"{root} is neither a folder nor a .tar that can be read: {error}") from None
     reader = dataset.reader
