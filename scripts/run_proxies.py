@@ -25,7 +25,8 @@ from bootstrap import compare
 from glattn.benchmark.contestant import split_options
 from glattn.files import replacing, write_text
 from glattn.training.config import read_recipe
-from glattn.training.data import EXTENSIONS, find_split
+from glattn.training.data import find_split
+from glattn.training.image_folder import EXTENSIONS
 
 FIELDS = (
     "model", "data", "lr", "seed", "chosen", "val_top1", "test_top1", "test_images", "parameters", "epochs", "seconds",

@@ -7,7 +7,7 @@ import torch
 from image_folders import noisy
 
 from glattn.training.config import TrainConfig
-from glattn.training.data import open_folder
+from glattn.training.image_folder import open_folder
 from glattn.training.run_folder import write_metrics, write_start
 from glattn.training.validation import Predictions
 

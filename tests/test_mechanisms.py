@@ -9,13 +9,9 @@ from oracles import attention, conv_norm, heads_of, mixer, product, relu_attenti
 from torch.nn import functional as F
 
 from glattn.layers import TABLES
-from glattn.layers.mechanism import (
-    Performer,
-    Softmax,
-    lsh_attention,
-    orthogonal_features,
-    resize_projection,
-)
+from glattn.layers.linear_attention import Performer, orthogonal_features
+from glattn.layers.mechanism import Softmax, resize_projection
+from glattn.layers.reformer import lsh_attention
 
 MECHANISMS = TABLES["mechanism"]
 INDEXED = [kind for kind, row in TABLES["layout"].items() if not row.pooled]

@@ -11,16 +11,8 @@ from safetensors.torch import save_file
 from timm.layers import RelPosMlp
 
 from glattn.layers import TABLES, MultiHeadGlobalAttention
-from glattn.layers.position import (
-    AbsolutePosition,
-    AxialRotary,
-    ContinuousBias,
-    MixedRotary,
-    RelativeBias,
-    pairs,
-    resize_map,
-    resize_table,
-)
+from glattn.layers.absolute_position import AbsolutePosition, resize_map
+from glattn.layers.position import AxialRotary, ContinuousBias, MixedRotary, RelativeBias, pairs, resize_table
 
 POSITIONS = TABLES["position"]
 BIASES = [kind for kind, row in POSITIONS.items() if row.adds_bias]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from glattn.cli import main
 from glattn.training import fractals, pretrain
+from glattn.training.augment import even_shares
 from glattn.training.batches import TrainingBatches
-from glattn.training.build import even_shares
 from glattn.training.pretrain import FractalSource
 
 TINY = ("model=test_glattn", "image_size=32", "batch_size=32", "tracker=none", "device=cpu", "workers=0")
@@ -186,7 +186,7 @@ def test_a_run_on_several_fractals_goes_on_from_one_on_single_ones(tmp_path, mon
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(["pretrain", "--samples", "128", "--run", str(first), *FEW]) == 0
     asked, spread = [], even_shares
-    monkeypatch.setattr("glattn.training.build.even_shares", lambda *a: asked.append(spread(*a)) or asked[-1])
+    monkeypatch.setattr("glattn.training.augment.even_shares", lambda *a: asked.append(spread(*a)) or asked[-1])
     start = f"checkpoint={first / 'best' / 'model.safetensors'}"
     arguments = ["pretrain", "--samples", "128", "--run", str(second), *FEW, start, "instances=3", "lr=1e-9"]
     assert main(arguments) == 0

@@ -34,13 +34,15 @@ from glattn.cli import main
 from glattn.hub.card import is_untouched
 from glattn.models.weights import save_weights
 from glattn.training import build, run_folder
+from glattn.training.augment import BatchAugment
 from glattn.training.batches import make_loader
 from glattn.training.command import resolve
 from glattn.training.config import TrainConfig
 from glattn.training.data import open_sources
 from glattn.training.digits import write_digits
 from glattn.training.distributed import start_accelerator
-from glattn.training.loop import Trainer, make_scheduler
+from glattn.training.loop import Trainer
+from glattn.training.optim import build_optimizer, make_scheduler
 from glattn.training.validation import Predictions
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -272,8 +274,8 @@ def test_recipe_says_what_it_is_and_builds(path):
     with torch.device("meta"):
         model = timm.create_model(config.model, num_classes=7, **config.model_args)
     assert build.data_config_of(model, config)["input_size"][0] == 3
-    assert build.build_optimizer(config, model, type("T", (), {"get_trainable_module": lambda _: model})()).param_groups
-    build.BatchAugment(config, 7, CPU)
+    assert build_optimizer(config, model, type("T", (), {"get_trainable_module": lambda _: model})()).param_groups
+    BatchAugment(config, 7, CPU)
 
 
 DOCS = (CONFIGS[0].parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
@@ -566,7 +568,7 @@ def test_ema_follows_its_formula(trainer):
 @pytest.mark.parametrize("option", ["mixup", "cutmix"])
 def test_mixing_mixes_until_it_is_switched_off(option, images):
     config = TrainConfig(**{**QUICK, option: 1.0, "mixup_off_epoch": 2, "label_smoothing": 0.0})
-    augment = build.BatchAugment(config, 3, CPU)
+    augment = BatchAugment(config, 3, CPU)
     x, targets = torch.rand(7, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2, 0])  # an odd number
     torch.manual_seed(0)
     mixed, soft = augment(x.clone(), targets[:, None], 1)
@@ -582,7 +584,7 @@ def test_mixing_mixes_until_it_is_switched_off(option, images):
 
 
 def test_random_erasing_erases():
-    augment = build.BatchAugment(TrainConfig(**QUICK, random_erase=1.0), 3, CPU)
+    augment = BatchAugment(TrainConfig(**QUICK, random_erase=1.0), 3, CPU)
     x = torch.zeros(4, 3, 32, 32)
     erased, _ = augment(x.clone(), torch.zeros(4, 1, dtype=torch.long), 0)
     assert (erased != 0).any(dim=(1, 2, 3)).all()

@@ -21,7 +21,8 @@ from glattn.cli import main
 from glattn.training import build
 from glattn.training.batches import TrainingBatches, ValidationBatches, make_loader, seed_everything
 from glattn.training.config import TrainConfig
-from glattn.training.data import EXTENSIONS, open_folder, open_sources
+from glattn.training.data import open_sources
+from glattn.training.image_folder import EXTENSIONS, open_folder
 from glattn.training.images import BadImageError, find_bad, read_image
 
 RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (16, 1))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from glattn.layers.conv import ConvNorm, MultiScaleConv, num_groups
 from glattn.layers.layout import unpool
-from glattn.layers.position import at_least_two, precise
+from glattn.layers.position import at_least_two
+from glattn.layers.precision import precise
 from glattn.layers.tracing import sizes_are_known
 
 torch.fx.wrap("unpool")  # torch.fx looks for wrapped functions by the file that calls them

@@ -8,7 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from glattn.layers.position import precise
+from glattn.layers.precision import precise
 
 
 @torch.fx.wrap

@@ -17,6 +17,7 @@ from timm.layers import apply_rot_embed_cat, trunc_normal_
 from torch import Tensor, nn
 
 from glattn.layers.conv import ConvNorm, conv_of, folded, like
+from glattn.layers.precision import precise
 from glattn.layers.tracing import sizes_are_known
 
 
@@ -170,11 +171,6 @@ def axial_frequencies(like: Tensor, head_dim: int, base: float) -> Tensor:
     return torch.stack([torch.cat([bands, zeros]), torch.cat([zeros, bands])]).unsqueeze(1)
 
 
-def precise(like: Tensor) -> torch.dtype:
-    """Return the type to compute tables in: float32, or float64 for a float64 tensor."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
 @torch.fx.wrap
 def rotate(x: Tensor, frequencies: Tensor, num_heads: int) -> Tensor:
     """Turn each pair of a head's channels by its cell's angle: ``(B, heads * head_dim, H, W)`` in and out.
@@ -271,53 +267,6 @@ class ConvPosition(nn.Module):
 
 def _identity(dim: int, **factory: Any) -> nn.Module:
     return nn.Identity()
-
-
-class AbsolutePosition(nn.Module):
-    """``x + table``, the learned table resized (bicubic) to the map: ``(B, C, H, W)`` in and out.
-
-    Args:
-        dim: Channels.
-        map_size: Height and width of the table: the map's at the nominal image size.
-    """
-
-    def __init__(self, dim: int, map_size: tuple[int, int], **factory: Any) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.empty(1, dim, *map_size, **factory))
-        self.reset_parameters()
-
-    @torch.jit.ignore
-    def reset_parameters(self) -> None:
-        """Draw the table anew: truncated normal, standard deviation 0.02."""
-        trunc_normal_(self.table, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the map with its position."""
-        return x + resize_map(self.table, x.shape[2], x.shape[3]).to(x.dtype)
-
-    @torch.jit.ignore
-    def set_map_size(self, map_size: tuple[int, int]) -> None:
-        """Resize the table for another nominal image size."""
-        with torch.no_grad():
-            table = resize_map(self.table, *map_size)
-        self.table = nn.Parameter(table, self.table.requires_grad)
-
-    @torch.jit.ignore
-    def resize_state(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Resize a checkpoint's table to this one's size, in place."""
-        table = state_dict.get(f"{prefix}table")
-        if table is not None and table.ndim == 4 and table.shape[1] == self.table.shape[1]:
-            state_dict[f"{prefix}table"] = resize_map(table, *self.table.shape[2:])
-
-
-@torch.fx.wrap
-def resize_map(table: Tensor, height: int, width: int) -> Tensor:
-    """Return a ``(1, C, h, w)`` table resized to ``height x width`` cells, bicubically; itself where it fits."""
-    if sizes_are_known():
-        if table.shape[2] == height and table.shape[3] == width:
-            return table
-    wide = F.interpolate(table.to(precise(table)), size=(height, width), mode="bicubic", align_corners=False)
-    return wide.to(table.dtype)
 
 
 @dataclass(frozen=True)

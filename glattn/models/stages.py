@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from glattn.config import GLAttnConfig
+from glattn.layers.absolute_position import AbsolutePosition
 from glattn.layers.block import GlobalLocalAttention, GlobalLocalBlock, Mlp
 from glattn.layers.conv import ConvNorm, activate_in_place, activation
-from glattn.layers.position import AbsolutePosition
 
 
 def ceil_size(size: tuple[int, int], stride: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from glattn.training.images import BadImageError
 
 if TYPE_CHECKING:
-    from glattn.training.data import Source
+    from glattn.training.source import Source
 
 
 def seed_everything(*place: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glattn.training.data import Source
+    from glattn.training.source import Source
 
 
 def find_bad_images(source: Source, *, workers: int | None = None, progress: Any = iter) -> list[tuple[str, str]]:
@@ -24,6 +24,16 @@ def find_bad_images(source: Source, *, workers: int | None = None, progress: Any
         except (BadImageError, OSError) as error:
             bad.append((source.name(index), str(error)))
     return bad
+
+
+def refuse_bad(*sources: Source) -> None:
+    """Raise if any image of `sources` cannot be read, after reading them all."""
+    bad = [found for source in sources for found in find_bad_images(source)]
+    if bad:
+        raise ValueError(
+            f"{len(bad)} image(s) cannot be read, e.g. {bad[0][0]} ({bad[0][1]}); "
+            "`glattn check-data` lists them, bad_images=skip leaves them out"
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

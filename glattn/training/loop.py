@@ -7,52 +7,23 @@ import dataclasses
 import math
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from tqdm import tqdm
 
 from glattn.files import plain, write_text
 from glattn.hub.card import epoch_score
-from glattn.training import batches, build, checkpoint, data, run_folder
-from glattn.training.config import OF_TEACHER, TrainConfig
+from glattn.training import augment, batches, build, checkpoint, data, optim, run_folder
+from glattn.training.check import refuse_bad
+from glattn.training.config import TrainConfig
 from glattn.training.distributed import convert_batch_norm, start_accelerator
+from glattn.training.progress import Progress, refuse_changed
 from glattn.training.validation import Predictions, predict_all
-
-# options that may change when a run is resumed: they do not bear on its numbers (epochs: on those still to come), or
-# the images that they name are compared themselves
-_FREE = {
-    "run", "resume", "data", "val_split", "workers", "device", "keep", "checkpoint_minutes", "tracker", "epochs",
-    "early_stop", "eval_metric",
-}  # fmt: skip
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved whole with each checkpoint.
-
-    Args:
-        epoch: Epochs done.
-        step: Optimiser steps done of the next epoch.
-        loss_sum: Sum of the losses of those steps.
-        rows: One a finished epoch, as in metrics.csv.
-        best: The row of the exported model.
-        bad: Numbers of training images that could not be read.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    bad: list[int] = field(default_factory=list)
 
 
 class Trainer:
@@ -94,15 +65,15 @@ class Trainer:
         self.data_config = build.data_config_of(self.model, config)
         counts = self.train_source.class_counts()
         self.task = build.build_task(config, self.model, self.class_names, counts, device).to(device)
-        self.optimizer = build.build_optimizer(config, self.model, self.task)
+        self.optimizer = optim.build_optimizer(config, self.model, self.task)
         trainable = self.task.get_trainable_module()
         assert trainable is not None
         self.trainable = trainable  # as it is before any wrapping
-        self.augment = build.BatchAugment(config, len(self.class_names), device)
+        self.augment = augment.BatchAugment(config, len(self.class_names), device)
         self._make_loaders()
         if config.ema_decay:
             self.task.setup_ema(decay=config.ema_decay, use_warmup=config.ema_warmup)
-        self.scheduler = make_scheduler(config, self.optimizer, self.steps)
+        self.scheduler = optim.make_scheduler(config, self.optimizer, self.steps)
         self.progress = Progress()
         self.seen: list[torch.Tensor] = []  # [asked, given] of the batches since `note_bad`
         self._restore()
@@ -121,7 +92,7 @@ class Trainer:
         self.steps = self.batches.steps
         shared: dict[str, Any] = {"workers": config.workers, "device": self.accelerator.device}
         self.train_loader = self.train_source.loader(
-            self.batches, self.data_config, replace=True, **shared, **build.augmentation_of(config)
+            self.batches, self.data_config, replace=True, **shared, **augment.augmentation_of(config)
         )
         val_batches = batches.ValidationBatches(
             len(self.val_source), max(1, self.batches.batch_size // world), rank=rank, world=world
@@ -145,15 +116,7 @@ class Trainer:
         if state is None:
             self.say(f"no whole checkpoint in {states}: starting anew")
             return
-        now = dataclasses.asdict(self.config)
-        then = dataclasses.asdict(TrainConfig()) | state["config"]  # what it lacks came later
-        free = _FREE if now["teacher"] or then["teacher"] else _FREE.union(OF_TEACHER)  # once, nothing refused them
-        changed = [name for name in now if name not in free and now[name] != then[name]]
-        if changed:
-            listed = ", ".join(f"{name} (was {then[name]!r}, is {now[name]!r})" for name in changed)
-            raise ValueError(f"{self.folder} was started with other options: {listed}; give another run=FOLDER")
-        if any(state.get(name, value) != value for name, value in self.images.items()):  # what it lacks came later
-            raise ValueError(f"{self.folder} was started on other images; give another run=FOLDER")
+        refuse_changed(state, self.config, self.images)
         self.trainable.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.config.ema_decay:
@@ -417,44 +380,6 @@ class Survive:
             self.trainer.say(f"warning: {error}: {self.consequence}")
             return True
         return False
-
-
-def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler | None:
-    """Make timm's scheduler, stepped with every update; None leaves the learning rates as they are, scaled by layer.
-
-    What falls by steps falls tenfold behind each third of the epochs.
-    """
-    try:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=config.schedule,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]  # a fraction works too
-            warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr,
-            decay_epochs=config.epochs / 3 if config.schedule == "step" else None,
-            decay_milestones=[config.epochs / 3, config.epochs * 2 / 3],  # type: ignore[list-item]
-            step_on_epochs=False,
-            updates_per_epoch=steps,
-        )
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"schedule={config.schedule!r}: {error}") from None
-    if scheduler is None:
-        for group in optimizer.param_groups:  # a scheduler of timm's does so itself
-            group["lr"] *= group.get("lr_scale", 1.0)
-    return scheduler
-
-
-def refuse_bad(*sources: data.Source) -> None:
-    """Raise if any image of `sources` cannot be read, after reading them all."""
-    from glattn.training.check import find_bad_images
-
-    bad = [found for source in sources for found in find_bad_images(source)]
-    if bad:
-        raise ValueError(
-            f"{len(bad)} image(s) cannot be read, e.g. {bad[0][0]} ({bad[0][1]}); "
-            "`glattn check-data` lists them, bad_images=skip leaves them out"
-        )
 
 
 def train(config: TrainConfig) -> Accelerator:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from glattn.training import command, fractals
 from glattn.training.batches import make_transform
 from glattn.training.config import TrainConfig
-from glattn.training.data import Source
+from glattn.training.source import Source
 
 # over the defaults of `TrainConfig`, under a recipe's file; the batch divides an epoch, which drops what is left over
 RECIPE = {"dataset": "fractals", "image_size": 64, "epochs": 40, "batch_size": 125, "lr": 0.002}

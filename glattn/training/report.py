@@ -21,8 +21,8 @@ from PIL import Image
 from glattn.files import write_text
 from glattn.training.classifier import open_checkpoint
 from glattn.training.config import TrainConfig
-from glattn.training.data import Source
 from glattn.training.run_folder import draw_samples, plot_accuracies, plot_losses, thumbnail
+from glattn.training.source import Source
 from glattn.training.validation import Predictions, predict_source
 
 _MATRIX_CLASSES, _MOST_CLASSES = 30, 1000

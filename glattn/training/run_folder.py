@@ -23,7 +23,8 @@ from glattn.figures import save_figure
 from glattn.files import plain, user_path, write_text
 from glattn.provenance import commit
 from glattn.training.config import TrainConfig
-from glattn.training.data import Source, check_run_folder
+from glattn.training.data import check_run_folder
+from glattn.training.source import Source
 from glattn.training.validation import Predictions
 
 if sys.platform != "win32":

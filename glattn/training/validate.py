@@ -16,7 +16,7 @@ from glattn.training.predict import MODEL_HELP, add_input_arguments, open_classi
 
 if TYPE_CHECKING:
     from glattn.training.classifier import Classifier
-    from glattn.training.data import Source
+    from glattn.training.source import Source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +92,8 @@ def open_images(folder: Path, classifier: Classifier, model: str) -> Source:
     Raises:
         ValueError: The folder has a class that the model does not know, or does not tell which is which.
     """
-    from glattn.training.data import open_folder, open_split
+    from glattn.training.data import open_split
+    from glattn.training.image_folder import open_folder
 
     names = classifier.class_names
     if names is None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from glattn.training.batches import ValidationBatches
-from glattn.training.data import Source
+from glattn.training.source import Source
 
 
 @dataclass(frozen=True)
