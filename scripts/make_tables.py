@@ -136,23 +136,32 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def place(rows: Iterable[dict[str, str]]) -> str:
-    """Return the machines that rows were measured on, a line to stand below their table."""
-    return f"\n\nOn {places(rows)}."
+    """Return the machines and the torch that rows were measured on, a line to stand below their table."""
+    measured = list(rows)
+    torches = dict.fromkeys(row["torch"].partition("+")[0] for row in measured)
+    return f"\n\nOn {places(measured)}; torch {' and '.join(torches)}."
 
 
 def speed(*sizes: str) -> str:
     """Return how fast some sizes and their peers are, as multiples of the ConvNeXt of that name."""
     measured = [row for size in sizes for row in read(f"speed-{size}/rows.csv")]
     found = by_model((row for row in measured if row["engine"] == "eager"), "task", "batch")
-    head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8", "training, batch 8")
+    head = ("model", "parameters (M)", "GMACs", "batch 1", "batch 8", "share, batch 8", "training, batch 8",
+            "published top-1")  # fmt: skip
     rows = []
     columns = (("infer 8", "params_m", ".1f"), ("infer 8", "gmacs", ".2f"), ("infer 1", "ratio", ".2f"),
                ("infer 8", "ratio", ".2f"), ("infer 8", "share_of_matmul", ".0%"),
                ("train 8", "ratio", ".2f"))  # fmt: skip
     for name, cases in sorted(found.items(), key=lambda item: -float(item[1]["infer 8"]["ratio"] or 0)):
-        rows.append(measured_cells(name, cases, columns))
+        rows.append([*measured_cells(name, cases, columns), published(cases["infer 8"])])
     shown = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return markdown([head[i] for i in shown], [[row[i] for i in shown] for row in rows]) + place(measured)
+
+
+def published(row: dict[str, str]) -> str:
+    """Return the top-1 that was published for a benchmark's model, with its image size where that is not 224."""
+    top1, pixels = row["published_top1"], row["published_pixels"]
+    return f"{float(top1):.1f}" + (f" at {pixels}" if pixels != "224" else "") if top1 else ""
 
 
 def gpu(size: str) -> str:

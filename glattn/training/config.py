@@ -77,7 +77,7 @@ class TrainConfig:
     min_lr: float = option(1e-6, "last learning rate")
     warmup_lr: float = option(1e-6, "first learning rate")
     warmup_epochs: float = option(1, "linear warm-up, epochs")
-    schedule: str = option("cosine", "timm scheduler name: cosine, poly, wsd, step, constant, ...")
+    schedule: str = option("cosine", "timm scheduler name: cosine, poly, wsd, step, constant, none, ...")
     epochs: int = option(30, "passes over the training images")
     batch_size: int = option(64, "global batch of one optimiser step, images over all processes and accumulation")
     accumulate: int = option(1, "parts that each process's share of a batch is computed in, to fit memory")
