@@ -80,6 +80,8 @@ def accuracy(args: argparse.Namespace, models: list[str], asked: list[str]) -> t
     proxies = run_proxies.Proxies(
         SimpleNamespace(**settings, runs=args.runs, out=args.out, end=args.end, settings=args.settings)
     )
+    if strange := {row["lr"] for model in models for row in proxies.rows_of(model)} - {repr(args.lr)}:
+        raise ValueError(f"{proxies.path} holds runs at lr {', '.join(sorted(strange))}; give another --out")
     proxies.run()
     first, found = proxies.chosen(models[0]), {}
     for model in models:

@@ -3,6 +3,7 @@
 Identities of few drawings have none in val/: train with partial_val=true.
 """
 
+import argparse
 import re
 import sys
 from collections import defaultdict
@@ -48,24 +49,25 @@ def identities(sets: list[IconSet]) -> dict[str, dict[str, str]]:
     return by_key
 
 
-def choose(package: Package) -> list[Entry]:
+def choose(package: Package, held_out: str = HELD_OUT) -> list[Entry]:
     """Return the data set's entries: what the held-out set and enough of the others draw, without near-copies.
 
-    Identities that then have no drawing to train on, or none to test on, are left out.
+    Other sets of its author are left out, as are identities that then have no drawing to train on, or none to test on.
     """
     sets = {drawings.name: drawings for drawings in package.sets(list(SETS))}
+    sets = {name: of for name, of in sets.items() if name == held_out or of.author != sets[held_out].author}
     forbidden = [name for name, drawings in sets.items() if drawings.licence not in PERMISSIVE]
     if forbidden:
         raise ValueError(f"these sets are not under a permissive licence: {', '.join(forbidden)}")
     pictures: dict[Entry, np.ndarray] = {}
     for _, icons in tqdm(sorted(identities(list(sets.values())).items()), desc="choosing", leave=False, disable=None):
-        training = sorted((name for name in icons if name != HELD_OUT), key=lambda name: order(name, icons[name]))
-        if HELD_OUT not in icons or len(training) < LEAST:
+        training = sorted((name for name in icons if name != held_out), key=lambda name: order(name, icons[name]))
+        if held_out not in icons or len(training) < LEAST:
             continue
-        label = icons[HELD_OUT]
+        label = icons[held_out]
         val = training[0] if len(training) >= LEAST_FOR_VAL else None
         for name, icon in icons.items():
-            split = "test" if name == HELD_OUT else "val" if name == val else "train"
+            split = "test" if name == held_out else "val" if name == val else "train"
             drawings, svg = sets[name], sets[name].svg(icon)
             entry = Entry(split, label, name, icon, drawings.author, drawings.licence, digest(svg))
             pictures[entry] = looks(draw(svg, 64, grey=False))
@@ -75,7 +77,15 @@ def choose(package: Package) -> list[Entry]:
 
 
 def main() -> int:
-    return manifest.command(__doc__, MANIFEST, choose, folder="data/emoji", grey=False)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--held-out", choices=SETS, default=HELD_OUT,
+        help="set that is the test (%(default)s); of another, --choose a --manifest first",
+    )  # fmt: skip
+    args = manifest.read_arguments(parser, MANIFEST, folder="data/emoji")
+    if args.held_out != HELD_OUT and args.manifest == MANIFEST:
+        parser.error(f"the repository's manifest holds {HELD_OUT} out: give --manifest FILE for {args.held_out}")
+    return manifest.run(args, lambda package: choose(package, args.held_out), grey=False)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python scripts/make_fractals.py            # glattn/training/fractals1k.csv.gz, 
 """
 
 import argparse
+import sys
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def sheet(path: Path) -> None:
     save_figure(figure, path, dpi=100)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--table", type=Path, default=Path(glattn.training.__path__[0]) / fractals.TABLE)
     parser.add_argument("--sheet", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "fractals.png")
@@ -39,10 +40,15 @@ def main() -> None:
     torch.set_num_threads(1)
     with Pool() as pool:
         table: list[np.ndarray] = pool.map(fractals.make_system, range(fractals.CLASSES), chunksize=25)
-    with replacing(args.table) as temporary:
-        temporary.write_bytes(fractals.pack(table))
-    sheet(args.sheet)
+    try:
+        with replacing(args.table) as temporary:
+            temporary.write_bytes(fractals.pack(table))
+        sheet(args.sheet)
+    except OSError as error:
+        print(f"make_fractals: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """Make icons100, 100 kinds of icons by designers of whom 30% are seen in the test alone, from @iconify/json."""
 
+import argparse
 import hashlib
 import re
 import sys
@@ -89,7 +90,8 @@ def split_authors(authors: set[str]) -> dict[str, str]:
 
 
 def main() -> int:
-    return manifest.command(__doc__, MANIFEST, choose, folder="data/icons100", grey=True)
+    args = manifest.read_arguments(argparse.ArgumentParser(description=__doc__), MANIFEST, folder="data/icons100")
+    return manifest.run(args, choose, grey=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Train on whole images, for a crop may lose a mark:
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def arms(rng: np.random.Generator, free: np.ndarray, steps: int) -> list[Cells] 
 
 
 def generator(seed: int, split: str, index: int) -> np.random.Generator:
-    """Return what draws an image, each by itself: of any count, the same images."""
+    """Return what draws an image, each by itself: of any count, the same images, but for those drawn once more."""
     return np.random.default_rng([seed, list(SPLITS).index(split), index])
 
 
@@ -103,9 +104,8 @@ def name(seed: int, index: int) -> str:
     return f"{LABELS[index % 2]}/s{seed}-{index:06d}.png"
 
 
-def pairs(rng: np.random.Generator, pixels: int) -> list[list[Cells]]:
+def pairs(rng: np.random.Generator, side: int, steps: int) -> list[list[Cells]]:
     """Return the arms of each pair of curves; all are of one length and keep a cell's distance from each other's."""
-    steps, side = arm_length(rng, pixels), pixels // CELL
     while True:
         free, found = np.ones((side, side), bool), []
         for _ in range(400):
@@ -119,9 +119,16 @@ def pairs(rng: np.random.Generator, pixels: int) -> list[list[Cells]]:
                 return found
 
 
-def image(rng: np.random.Generator, joined: bool, pixels: int) -> Image.Image:
-    """Return one image: grey curves on white, a black disc at each marked end."""
-    drawn = pairs(rng, pixels)
+def image(rng: np.random.Generator, joined: bool, pixels: int, steps: int | None = None) -> Image.Image:
+    """Return one image: grey curves on white, a black disc at each marked end.
+
+    Args:
+        rng: What it is drawn by.
+        joined: The answer.
+        pixels: Its side.
+        steps: Length of the arms, in cells; drawn, too, if it is not given.
+    """
+    drawn = pairs(rng, pixels // CELL, arm_length(rng, pixels) if steps is None else steps)
     size = pixels * SCALE
     cell = size / (pixels // CELL)
     canvas = Image.new("L", (size, size), 255)
@@ -147,6 +154,8 @@ def image(rng: np.random.Generator, joined: bool, pixels: int) -> Image.Image:
 def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> None:
     """Write train/, val/ and test/, half of each joined; moved into place when all are there.
 
+    An image that a split before has is drawn once more, of as long arms.
+
     Raises:
         ValueError: The folder exists, or the images are too small for curves.
     """
@@ -156,13 +165,20 @@ def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> No
         raise ValueError(f"{pixels} pixels are too few for {2 * PAIRS} curves: give 48 or more")
     if min(counts.values()) < 2:
         raise ValueError(f"{min(counts.values())} images are too few for two classes: give 2 or more")
+    before: set[bytes] = set()
     with new_folder(folder) as root:
         for split, count in counts.items():
             for label in LABELS:
                 (root / split / label).mkdir(parents=True)
+            mine: set[bytes] = set()
             for index in tqdm(range(count), desc=f"drawing {split}", leave=False, disable=None):
-                drawn = image(generator(seed, split, index), bool(index % 2), pixels)
+                rng, joined = generator(seed, split, index), bool(index % 2)
+                drawn = image(rng, joined, pixels)
+                while hashlib.sha256(drawn.tobytes()).digest() in before:
+                    drawn = image(rng, joined, pixels, arm_length(generator(seed, split, index), pixels))
+                mine.add(hashlib.sha256(drawn.tobytes()).digest())
                 drawn.save(root / split / name(seed, index))
+            before |= mine
 
 
 def main() -> int:

@@ -92,8 +92,10 @@ def build(entries: Sequence[Entry], package: Package, folder: Path, *, pixels: i
     """Draw a manifest's entries as train/, val/ and test/, one folder a class; moved into place when all are there.
 
     Raises:
-        ValueError: The folder exists, or a drawing is not the manifest's.
+        ValueError: The folder exists, its images would be of an odd size, or a drawing is not the manifest's.
     """
+    if not 8 <= pixels <= 1024:
+        raise ValueError(f"{pixels} pixels a side: give 8 to 1024")
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it, or give another --out")
     sets = {drawings.name: drawings for drawings in package.sets(sorted({entry.set for entry in entries}))}
@@ -127,9 +129,8 @@ def summary(entries: Sequence[Entry]) -> str:
     )
 
 
-def command(text: str, path: Path, choose: Callable[[Package], list[Entry]], *, folder: str, grey: bool) -> int:
-    """Run a data set's script: make the manifest at `path`, or by it the folder; return its exit status."""
-    parser = argparse.ArgumentParser(description=text)
+def read_arguments(parser: argparse.ArgumentParser, path: Path, *, folder: str) -> argparse.Namespace:
+    """Read what a data set's script is told: its own arguments, and where its manifest and its folder are."""
     parser.add_argument(
         "--package", type=Path, help="folder or .tgz of the package (default: from the registry, by npm)"
     )
@@ -139,16 +140,21 @@ def command(text: str, path: Path, choose: Callable[[Package], list[Entry]], *, 
     parser.add_argument("--out", type=Path, default=Path(folder), help="folder to make (%(default)s)")
     parser.add_argument("--pixels", type=int, default=64, help="side of the images (%(default)s)")
     parser.add_argument("--choose", action="store_true", help="make the manifest anew, instead of by it the folder")
-    args = parser.parse_args()
+    parser.add_argument("--manifest", type=Path, default=path, help="another one than the repository's, .csv.gz")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace, choose: Callable[[Package], list[Entry]], *, grey: bool) -> int:
+    """Make the manifest, or by it the folder; return the script's exit status."""
     try:
         package = open_package(args.package, args.cache)
         if args.choose:
-            write(path, choose(package))
-        entries = read(path)
+            write(args.manifest, choose(package))
+        entries = read(args.manifest)
         if not args.choose:
             build(entries, package, args.out, pixels=args.pixels, grey=grey)
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 1
-    print(f"{path.name if args.choose else args.out}: {summary(entries)}")
+    print(f"{args.manifest.name if args.choose else args.out}: {summary(entries)}")
     return 0

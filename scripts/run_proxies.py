@@ -34,7 +34,8 @@ FIELDS = (
 )  # fmt: skip
 # how a process ends that torch ends: FastViT's does when torch 2.14 trains it in channels_last on a CPU
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL, -signal.SIGBUS)
-ARGUMENTS = ("data", "model", "lr", "seed", "resume", "run")  # of a training, that a list sets
+# of a training, that a list sets
+ARGUMENTS = ("data", "dataset", "train_split", "val_split", "model", "lr", "seed", "resume", "run")
 Row = dict[str, str]
 
 
@@ -73,6 +74,10 @@ class Proxies:
         for setting in args.settings:
             if (name := setting.partition("=")[0]) in ARGUMENTS:
                 raise ValueError(f"{setting}: the list itself gives each run its {name}; leave it out")
+        if has_test(self.source) and read_recipe(args.config).get("val_split") == "test":
+            raise ValueError(f"{args.config}: val_split is test, which may not choose rate and epoch")
+        for model in args.models:
+            self.start(model)  # what is no model is said before any training
         self.images, self.digest = survey(self.source)
         self.data = args.data.resolve().name
         self.out, self.runs = args.out / self.data, args.runs / f"{self.data}-{self.digest}"
@@ -89,13 +94,17 @@ class Proxies:
         """Note what the recipe says, and raise if rows of its name are of what it said before."""
         path, name = self.out / "recipes.json", self.args.config.name
         noted = json.loads(path.read_text()) if path.exists() else {}
-        text = json.dumps(read_recipe(self.args.config), sort_keys=True)
-        said = hashlib.sha256(text.encode()).hexdigest()[:12]
+        said = self.recipe_digest()
         used = any(row["settings"].partition(" ")[0] == name for row in self.rows)
-        if used and noted.get(name, said) != said:
+        if used and noted.get(name) != said:
             raise ValueError(f"{self.path}: its rows of {name} were made before that was changed; give it another name")
         if noted.get(name) != said:
             write_text(path, json.dumps(noted | {name: said}, indent=2) + "\n")
+
+    def recipe_digest(self) -> str:
+        """Return a digest of what the recipe says now."""
+        text = json.dumps(read_recipe(self.args.config), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def run(self) -> bool:
         """Do what is missing, but for what fails, which is said and noted in `failed`; tell whether all is done."""
@@ -191,7 +200,7 @@ class Proxies:
 
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""
-        recipe = [self.args.config.stem, *self.args.settings]
+        recipe = [self.args.config.stem, self.recipe_digest(), *self.args.settings]
         parts = [*re.findall(r"[\w.]+", model), repr(lr), f"seed{seed}", *recipe]
         return self.runs / "-".join(parts).replace("/", "_")
 
@@ -220,6 +229,8 @@ class Proxies:
         """
         models, path = self.done, self.out / "comparisons.csv"
         if not models or models[0] != self.args.models[0]:
+            if self.args.models[1:]:
+                print(f"nothing is compared: {self.args.models[0]} is not done")
             return []
         noted = read_csv(path)
         before = [(row["model"], row["other"]) for row in noted if row["settings"] == self.settings]
@@ -331,8 +342,8 @@ def finished(run: Path, data: Path) -> tuple[Row, dict[str, bool]]:
         classifier.model.to(device), source, classifier.data_config, batch_size=256, workers=0, device=device
     )
     right = {}
-    for index, target, predicted in zip(said.index, said.target, said.predicted, strict=True):
-        right[str(Path(source.name(int(index))).relative_to(root))] = bool(target == predicted)
+    for index, correct in zip(said.index, said.correct, strict=True):
+        right[str(Path(source.name(int(index))).relative_to(root))] = bool(correct)
     environment: dict[str, Any] = json.loads((run / "environment.json").read_text())
     commit, _, dirty = (environment["commit"] or "").partition("-")
     best = json.loads((run / "best" / "metrics.json").read_text())
@@ -366,7 +377,10 @@ def authors_of(images: list[str]) -> dict[str, str]:
 
 def deadline(minutes: str) -> float:
     """Return when so many minutes are over, on the monotonic clock."""
-    return time.monotonic() + 60 * float(minutes)
+    seconds = 60 * float(minutes)
+    if not seconds > 0:
+        raise ValueError
+    return time.monotonic() + seconds
 
 
 def add_list_arguments(parser: argparse.ArgumentParser, *, runs: str, out: str) -> None:

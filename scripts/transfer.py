@@ -134,7 +134,10 @@ def start_file(arm: str) -> Path | None:
     """Return the file of weights that an arm starts from, see `make_start`; None from scratch, or if the Hub's."""
     model, start, _ = split_arm(arm)
     if start == "pretrained":
-        cfg = timm.get_pretrained_cfg(model)
+        try:
+            cfg = timm.get_pretrained_cfg(model)
+        except RuntimeError as error:  # of a tag
+            raise ValueError(f"{arm}: {error}") from None
         return Path(cfg.file) if cfg is not None and cfg.file else None
     if start == "scratch":
         return None
@@ -192,6 +195,9 @@ def choose(source: Path, target: Path, shots: int, seed: int) -> None:
 def draw(rows: list[Row], path: Path) -> None:
     """Draw the accuracy of each arm on each task at its chosen rate: a bar to the mean, a dot a seed."""
     rows = [row for row in rows if row["chosen"] == "yes"]
+    for name in {row["data"] for row in rows}:
+        if len(found := {row["settings"] for row in rows if row["data"] == name}) > 1:
+            raise ValueError(f"{path.parent / name} holds runs of {len(found)} recipes: {'; '.join(sorted(found))}")
     tasks, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("data", "model"))
     colours = {arm: colormaps["tab20"](number % 20) for number, arm in enumerate(arms)}
     figure = Figure(figsize=(4 + 2.4 * len(tasks), 5), layout="constrained")

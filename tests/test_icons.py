@@ -166,6 +166,9 @@ def test_a_manifest_rebuilds_its_folder_and_notices_another_package(package, tmp
         assert image.getextrema()[0] < 30
         assert image.getpixel((0, 0)) == 255
 
+    with pytest.raises(ValueError, match="4 pixels a side"):
+        manifest.build(chosen, package, tmp_path / "again", pixels=4, grey=True)
+
     data = json.loads((package.folder / "json" / "set3.json").read_text())
     data["icons"]["house"]["body"] = shape(120)
     (package.folder / "json" / "set3.json").write_text(json.dumps(data))
@@ -224,9 +227,20 @@ def test_emoji_hold_one_hand_out_and_join_names(tmp_path):
     bears = {e.set: e.icon for e in chosen if e.label == "bear-face"}
     assert bears["twemoji"] == "bear"
     assert sum(e.split == "val" for e in chosen) == 2
+    assert {e.set for e in make_emoji.choose(package, "noto") if e.split == "test"} == {"noto"}
+    sets["noto-v1"][0]["author"] = sets["noto"][0]["author"] = "one vendor"
+    other = make_emoji.choose(iconify.Package(write_package(tmp_path / "vendor", sets)), "noto")
+    assert {e.set for e in other if e.split != "test"} <= set(make_emoji.SETS) - {"noto", "noto-v1"}
     sets["noto"][0]["spdx"] = "CC-BY-SA-4.0"
     with pytest.raises(ValueError, match="noto"):
         make_emoji.choose(iconify.Package(write_package(tmp_path / "other", sets)))
+
+
+def test_another_held_out_set_needs_a_manifest_of_its_own(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["make_emoji.py", "--held-out", "noto", "--out", str(tmp_path / "emoji")])
+    with pytest.raises(SystemExit):
+        make_emoji.main()
+    assert "give --manifest FILE for noto" in capsys.readouterr().err
 
 
 def test_the_committed_manifests_are_as_described():

@@ -96,3 +96,14 @@ def test_folders_are_balanced_whole_and_the_same_from_the_same_seed(tmp_path):
     with pytest.raises(ValueError, match="-4 images are too few"):
         make_paths.build(tmp_path / "d", pixels=64, seed=0, counts={**counts, "train": -4})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_no_image_is_in_two_splits(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_paths, "PAIRS", 1)
+    monkeypatch.setattr(make_paths, "ARMS", 0)  # so few images that many would be drawn twice
+    make_paths.build(tmp_path / "paths", pixels=48, seed=0, counts={"train": 300, "val": 40, "test": 40})
+    folders = (tmp_path / "paths" / split for split in make_paths.SPLITS)
+    train, val, test = ({path.read_bytes() for path in folder.rglob("*.png")} for folder in folders)
+    assert len(train) < 300
+    assert not train & val
+    assert not test & (train | val)

@@ -199,6 +199,18 @@ def test_recipes_have_folders_of_their_own_and_leave_a_lists_arguments_alone(pro
     assert make("a").folder("a", 1e-3, 0) != other.folder("a", 1e-3, 0)
     with pytest.raises(ValueError, match="seed=9: the list itself gives each run its seed"):
         make("a", settings=["epochs=3", "seed=9"])
+    with pytest.raises(ValueError, match="val_split=test: the list itself"):  # which would choose on the test
+        make("a", settings=["val_split=test"])
+    (tmp_path / "test.yaml").write_text("val_split: test\n")
+    with pytest.raises(ValueError, match="may not choose rate and epoch"):
+        make("a", config=tmp_path / "test.yaml")
+
+
+def test_what_is_no_model_is_said_before_any_training(proxies):
+    make, trained = proxies
+    with pytest.raises(ValueError, match=r"bad\("):
+        make("a", "bad(")
+    assert not trained
 
 
 def test_a_recipe_that_changed_is_refused_once_it_has_rows(proxies, tmp_path):
@@ -212,6 +224,12 @@ def test_a_recipe_that_changed_is_refused_once_it_has_rows(proxies, tmp_path):
     assert make("a").run()  # by another recipe
     with pytest.raises(ValueError, match=r"its rows of mine.yaml were made before that was changed"):
         make("a", config=recipe)
+    (done.out / "recipes.json").unlink()  # what they said is not known any more
+    with pytest.raises(ValueError, match=r"its rows of mine.yaml were made before that was changed"):
+        make("a", config=recipe)
+    folder = done.folder("a", 1e-3, 0)  # where a run that was killed, and left no row, would go on
+    recipe.write_text("epochs: 6\n")
+    assert done.folder("a", 1e-3, 0) != folder
     with pytest.raises(FileNotFoundError, match="no recipe"):
         make("a", config=tmp_path / "none.yaml")
 

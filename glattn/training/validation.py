@@ -39,12 +39,16 @@ class Predictions:
     rank: np.ndarray
     bad: np.ndarray
 
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether each image is given its class: of an answer of NaNs any is the likeliest, and none right."""
+        return np.asarray((self.predicted == self.target) & np.isfinite(self.confidence))
+
     def metrics(self) -> dict[str, float]:
         """Return top-1 and top-5 in percent, mean loss, and expected calibration error (15 bins, percent)."""
         if not len(self.index):
             raise ValueError("none of the validation images can be read")
-        finite = np.isfinite(self.confidence)
-        correct = (self.predicted == self.target) & finite  # of an answer of NaNs, any class is the likeliest
+        finite, correct = np.isfinite(self.confidence), self.correct
         confidence = np.where(finite, self.confidence, 0).astype(np.float64)
         gap = np.bincount(np.minimum((confidence * 15).astype(int), 14), weights=confidence - correct, minlength=15)
         return {
@@ -58,7 +62,7 @@ class Predictions:
     def class_accuracy(self, classes: int) -> np.ndarray:
         """Return each class's share of images given its name; NaN for a class without images."""
         totals = np.bincount(self.target, minlength=classes)
-        right = np.bincount(self.target[self.predicted == self.target], minlength=classes)
+        right = np.bincount(self.target[self.correct], minlength=classes)
         return np.where(totals > 0, right / np.maximum(totals, 1), np.nan)
 
     def confusion(self, classes: int) -> np.ndarray:
