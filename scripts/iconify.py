@@ -179,7 +179,8 @@ def looks(image: Image.Image) -> np.ndarray:
 def copies(held_out: np.ndarray, others: np.ndarray, *, below: float = 0.013) -> np.ndarray:
     """Return for each held-out image whether any other one is nearly the same by any look.
 
-    The limit is above the 0.01 that two drawings may be told apart by: a reader's own filter is none of these.
+    The limit is above the 0.01 that two drawings may be told apart by, since a reader's own filter is none of these;
+    filters that do not average, such as nearest-neighbour, find a few more.
 
     Args:
         held_out: ``(M, 7, values)``, see `looks`.

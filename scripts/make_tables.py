@@ -492,8 +492,14 @@ def when_it_helps(model: str, folder: Path) -> str:
                     f"docs/results/transfer/{task} is of other weights than the package's: transfer.py anew"
                 )
             name = f"{task}, scratch {times} times as long" if times else task
-            rows.append([name, *(mean_top1(arms[task, arm]) for arm in (row["model"], other)), *difference(row)[:2]])
-    table = markdown(("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests"), rows)
+            both = [arms[task, arm] for arm in (row["model"], other)]
+            tests = [{run["seed"]: float(run["test_top1"]) for run in runs} for runs in both]
+            seeds = sorted(tests[0].keys() & tests[1].keys())  # which the gain is of
+            means = [mean_top1([run for run in runs if run["seed"] in seeds]) for runs in both]
+            by_seed = ", ".join(f"{tests[0][seed] - tests[1][seed]:+.1f}" for seed in seeds)
+            rows.append([name, *means, *difference(row)[:2], by_seed])
+    head = ("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests", "gained by seed")
+    table = markdown(head, rows)
     arm, (_, again) = f"{model}:pretrained", transferred("in-place/transfer")
     since = ", ".join(f"{mean_top1(runs)}% on {task}" for (task, start), runs in again.items() if start == arm)
     return f"""They come with the package: `timm.create_model("{model}", pretrained=True)` needs no network. They saw
@@ -504,9 +510,10 @@ By the map as it is now, and on another machine, the same fine-tuning gave {sinc
 
 {started(folder)}## When it helps
 
-Top-1 after fine-tuning by one recipe, the rate chosen for each start (`scripts/transfer.py`, `docs/results.md`). Where
-the interval holds zero, no gain is shown; it is of resampled tests, and leaves out what another seed would change: on
-emoji, four points. A gain below zero is a loss: trained from scratch for so long, a model ends above one that trained
+Top-1 after fine-tuning by one recipe, the rate chosen for each start (`scripts/transfer.py`, `docs/results.md`; of few
+shots, on up to 20 further images a class). Where the interval holds zero, no gain is shown; it is of resampled tests,
+and leaves out what another seed, or another choice of few images, would change: see the gains by seed. A gain below
+zero is a loss: trained from scratch for so long, a model ends above one that trained
 briefly from these weights. They save time, which pretraining has spent once for all.
 
 {table}"""

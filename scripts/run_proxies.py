@@ -378,7 +378,7 @@ def authors_of(images: list[str]) -> dict[str, str]:
 def deadline(minutes: str) -> float:
     """Return when so many minutes are over, on the monotonic clock."""
     seconds = 60 * float(minutes)
-    if not seconds > 0:
+    if not seconds >= 0:
         raise ValueError
     return time.monotonic() + seconds
 
