@@ -291,9 +291,13 @@ def test_the_picture_names_every_arm_once(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(transfer, "save_figure", lambda figure, path: drawn.append(figure))
     places = [("one", "a:scratch"), ("two", "a:scratch"), ("two", "b:scratch")]
-    transfer.draw([{"model": a, "data": t, "chosen": "yes", "test_top1": "50"} for t, a in places], tmp_path / "p.png")
+    shared = {"chosen": "yes", "test_top1": "50", "settings": "icons.yaml"}
+    rows = [{"model": model, "data": task} | shared for task, model in places]
+    transfer.draw(rows, tmp_path / "p.png")
     legend = drawn[0].axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["a:scratch", "b:scratch"]
+    with pytest.raises(ValueError, match="two holds runs of 2 recipes: icons.yaml; other.yaml"):
+        transfer.draw([*rows, rows[1] | {"settings": "other.yaml"}], tmp_path / "p.png")
 
 
 def test_a_list_that_ran_out_of_time_goes_on(trained, capsys):
