@@ -89,9 +89,13 @@ def export(
         raise ValueError(f"export to {to} needs {', '.join(missing)}: pip install 'glattn[{kind.extra}]'")
     import torch
     from timm.data.model_config import resolve_input_data_config
+    from timm.utils.model import unwrap_model
 
     from glattn.models.glattn import image_size
 
+    model = unwrap_model(model)
+    if not getattr(model, "pretrained_cfg", None) or not hasattr(model, "num_classes"):
+        raise ValueError(f"{type(model).__name__} is no classifier of timm's; export the whole model")
     model = copy.deepcopy(model).cpu().float().eval()
     fixed = None if img_size is None else image_size(img_size)
     data_config = resolve_input_data_config(model, {"img_size": fixed})

@@ -263,6 +263,15 @@ def test_a_missing_extra_is_named(run_folder, capsys, monkeypatch, to):
     assert f"pip install 'glattn[{FORMATS[to].extra}]'" in message
 
 
+def test_what_is_no_whole_model_is_refused_and_a_wrapped_one_is_exported(tmp_path):
+    for model in (timm.create_model("test_glattn", features_only=True), torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=rf"^{type(model).__name__} is no classifier of timm's"):
+            exporting.export(model, "torch-export", tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+    compiled = torch.compile(timm.create_model("test_glattn", num_classes=3), backend="eager")
+    assert exporting.export(compiled, "torch-export", tmp_path / "model.pt2", img_size=32).path.exists()
+
+
 def test_what_is_asked_wrongly(run_folder, tmp_path, capsys):
     arguments = ["--to", "torch-export", "--output", str(tmp_path / "model.onnx")]
     assert "ends in .pt2" in fails([str(run_folder), *arguments], capsys)

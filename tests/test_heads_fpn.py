@@ -59,6 +59,9 @@ def test_stages_norm_and_timm_s_keywords_are_the_caller_s():
     )
     assert list(backbone(torch.randn(1, 1, 64, 64))) == ["0", "1", "pool"]
     assert any(isinstance(m, nn.BatchNorm2d) for m in backbone.fpn.modules())
+    assert list(fpn_backbone("test_glattn", out_indices=2)(torch.randn(1, 3, 64, 64))) == ["0", "1", "pool"]
+    placed = fpn_backbone("test_glattn", dtype=torch.bfloat16, device="meta")
+    assert {(p.dtype, p.device.type) for p in placed.parameters()} == {(torch.bfloat16, "meta")}
 
 
 @pytest.mark.parametrize("name", ["test_glattn", "test_convnext.r160_in1k"])
@@ -120,6 +123,8 @@ def test_mistakes_are_named():
         fpn_backbone("test_glattn", extra="p6")
     with pytest.raises(ValueError, match=r"frozen_stages=5; give -1 .* up to 4"):
         fpn_backbone("test_glattn", frozen_stages=5)
+    with pytest.raises(ValueError, match=r"out_indices=\(3, 1\): give them from the finest"):
+        fpn_backbone("test_glattn", out_indices=(3, 1))
     body = timm.create_model("test_glattn", features_only=True, out_indices=(0, 1))
     with pytest.raises(ValueError, match="up to 2"):
         FPNBackbone(body, frozen_stages=3)

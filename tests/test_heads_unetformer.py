@@ -69,6 +69,19 @@ def test_it_folds():
     torch.testing.assert_close(folded(x), model(x))
 
 
+def test_it_is_traced_by_fx_for_any_size():
+    model = trained(unetformer("test_glattn", num_classes=5, dim=16)).double()
+    traced = torch.fx.symbolic_trace(model)
+    for size in ((97, 131), (64, 64)):
+        x = torch.randn(1, 3, *size, dtype=torch.float64)
+        torch.testing.assert_close(traced(x), model(x))
+
+
+def test_it_is_where_timm_s_keywords_put_its_backbone():
+    model = unetformer("test_glattn", num_classes=5, dim=16, dtype=torch.bfloat16, device="meta")
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
+
+
 def test_an_image_s_logits_do_not_depend_on_its_batch():
     model = trained(unetformer("test_glattn", num_classes=5, dim=16))
     x = torch.randn(3, 3, 70, 90)

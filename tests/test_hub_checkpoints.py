@@ -303,6 +303,15 @@ def test_push_refuses_what_would_not_load(tmp_path, model):
     folded = timm.utils.reparameterize_model(trained())
     with pytest.raises(ValueError, match=r"^the model is folded: .*; push the one that it was folded from$"):
         push(folded, "org/name", dry_run=tmp_path / "out")
+    partly = trained()
+    partly.stages = timm.utils.reparameterize_model(partly.stages)
+    with pytest.raises(ValueError, match=r"^the model is folded"):
+        push(partly, "org/name", dry_run=tmp_path / "out")
+    torch.save(folded.state_dict(), tmp_path / "folded.pth")
+    with pytest.raises(ValueError, match=r"the checkpoint is of a folded model: save the one that it was folded from$"):
+        timm.create_model(
+            NAME, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "folded.pth"), "num_classes": 10}
+        )
     features = timm.create_model("test_glattn", features_only=True)
     with pytest.raises(ValueError, match=r"^FeatureListNet gives features alone; push the whole model$"):
         push(features, "org/name", dry_run=tmp_path / "out")

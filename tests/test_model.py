@@ -378,6 +378,17 @@ def test_a_size_can_be_set_and_left():
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in before.items()}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"position": "bias", "layout": "window"}, {"abs_pos": "stem"}, {"layout": "full", "mechanism": "linformer"}],
+)
+def test_a_size_that_is_set_again_leaves_parameters_to_whom_they_belong(options):
+    model = timm.create_model("test_glattn", img_size=64, **options)
+    held = dict(model.named_parameters())  # as an optimiser holds them
+    model.set_input_size(64)
+    assert all(parameter is held[name] for name, parameter in model.named_parameters())
+
+
 @pytest.mark.parametrize("stem_features", [False, True])
 def test_a_size_that_is_set_is_one_that_was_made(stem_features):
     options = {"layout": "full", "position": "bias", "abs_pos": "stages", "stem_features": stem_features}

@@ -292,6 +292,37 @@ def test_whoever_looks_on_at_parts_of_a_folded_block_sees_what_those_compute(nam
     close(seen[0], outputs[name])
 
 
+def guided(model, x, *, everywhere):
+    """Return guided backpropagation's gradient of the image (arXiv:1412.6806): no negative one passes a ReLU."""
+
+    def positive(module, given, _):
+        return (given[0].clamp(min=0),) if isinstance(module, nn.ReLU) else None
+
+    acts = [module for module in model.modules() if isinstance(module, nn.ReLU)]
+    for act in acts:
+        act.inplace = False
+    if everywhere:
+        handles = [nn.modules.module.register_module_full_backward_hook(positive)]
+    else:
+        handles = [act.register_full_backward_hook(positive) for act in acts]
+    x = x.clone().requires_grad_()
+    try:
+        model(x)[:, 0].sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return x.grad
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_backward_hooks_see_a_folded_models_gradients_as_before_it_was_folded(everywhere):
+    model = timm.create_model("test_glattn", num_classes=4, layer_scale=0).eval()
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    expected = guided(copy.deepcopy(model), x, everywhere=everywhere)
+    close(guided(reparameterize_model(model), x, everywhere=everywhere), expected)
+
+
 @pytest.mark.parametrize("name", ["fusion", "local", *(f"local.gate.{part}" for part in ("bn", "act", "gate", "fc1"))])
 def test_what_takes_the_place_of_a_part_of_a_folded_mixer_is_called(name):
     block, x = wide_block()

@@ -1,5 +1,8 @@
 """Feature maps of a timm body, in NCHW whatever the body works in: Swin's come in NHWC."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from timm.layers import Format, nhwc_to
 from torch import Tensor, nn
 
@@ -9,3 +12,8 @@ def feature_maps(body: nn.Module, x: Tensor) -> list[Tensor]:
     maps: list[Tensor] = body(x)
     nhwc = getattr(body, "output_fmt", None) == Format.NHWC
     return [nhwc_to(each, Format.NCHW) for each in maps] if nhwc else maps
+
+
+def placement(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where ``timm.create_model`` puts a model by its keywords, for the head to be put there too."""
+    return {name: options[name] for name in ("device", "dtype") if options.get(name) is not None}

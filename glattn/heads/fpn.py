@@ -16,7 +16,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from glattn.config import check_choice
-from glattn.heads.features import feature_maps
+from glattn.heads.features import feature_maps, placement
 
 
 def _pool(in_channels: int, out_channels: int) -> ExtraFPNBlock:
@@ -90,7 +90,7 @@ def fpn_backbone(
     *,
     out_channels: int = 256,
     extra: str = "pool",
-    out_indices: Sequence[int] | None = None,
+    out_indices: int | Sequence[int] | None = None,
     frozen_stages: int = -1,
     frozen_bn: bool = False,
     norm_layer: Callable[..., nn.Module] | None = None,
@@ -102,20 +102,24 @@ def fpn_backbone(
         name: Name of the model, such as ``glattn_small``.
         out_channels: Channels of every level.
         extra: ``pool`` for Faster R-CNN, ``p6p7`` for RetinaNet.
-        out_indices: The body's features that the pyramid starts from; the last four for ``pool``, the last three for
-            ``p6p7``.
+        out_indices: The body's features that the pyramid starts from, or how many of the last; the last four for
+            ``pool``, the last three for ``p6p7``.
         frozen_stages: See `FPNBackbone`.
         frozen_bn: See `FPNBackbone`.
         norm_layer: See `FPNBackbone`.
         kwargs: Keywords of ``timm.create_model``: ``pretrained``, ``in_chans``, ``drop_path_rate`` and so on.
 
     Raises:
-        ValueError: See `FPNBackbone`.
+        ValueError: See `FPNBackbone`; or ``out_indices`` are in another order than the features.
     """
     check_choice("extra", extra, EXTRAS)
-    indices = EXTRAS[extra][1] if out_indices is None else tuple(out_indices)
+    indices = EXTRAS[extra][1] if out_indices is None else out_indices
+    if not isinstance(indices, int):
+        one_way = len({index < 0 for index in indices}) == 1  # all counted from the first, or from the last
+        if one_way and list(indices) != sorted(indices):
+            raise ValueError(f"out_indices={indices!r}: give them from the finest to the coarsest")
     body = timm.create_model(name, features_only=True, out_indices=indices, **kwargs)
-    return FPNBackbone(
+    pyramid = FPNBackbone(
         body,
         out_channels=out_channels,
         extra=extra,
@@ -123,6 +127,7 @@ def fpn_backbone(
         frozen_bn=frozen_bn,
         norm_layer=norm_layer,
     )
+    return pyramid.to(**placement(kwargs))
 
 
 def _first_parts(body: nn.Module, info: FeatureInfo, frozen_stages: int) -> list[str]:

@@ -10,17 +10,20 @@ from typing import Any
 
 import timm
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import SqueezeExcite, create_act_layer
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from glattn.config import MixerConfig
-from glattn.heads.features import feature_maps
+from glattn.heads.features import feature_maps, placement
 from glattn.layers import ConvNorm, GlobalLocalAttention, GlobalLocalBlock, Mlp
 from glattn.layers.layout import upsample
 from glattn.models.glattn import image_size
 from glattn.models.stages import ceil_size
+
+torch.fx.wrap("upsample")  # torch.fx looks for wrapped functions by the file that calls them
 
 # The paper's mixer: 1x1 and 3x3 convolutions beside 8x8 windows with a relative bias, joined by strips.
 DECODER_MIXER = MixerConfig(
@@ -199,7 +202,7 @@ def unetformer(
         if not sized or not re.search(r"unexpected keyword argument.*img_size", str(error)):
             raise
         backbone = timm.create_model(name, features_only=True, **kwargs)
-    return UNetFormer(
+    network = UNetFormer(
         backbone,
         num_classes=num_classes,
         dim=dim,
@@ -208,3 +211,4 @@ def unetformer(
         drop_rate=drop_rate,
         **sized,
     )
+    return network.to(**placement(kwargs))

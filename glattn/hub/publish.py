@@ -21,7 +21,7 @@ from glattn.files import copy_file, user_path, write_text
 from glattn.hub.card import CURVE, Record, is_untouched, model_card, read_record
 from glattn.hub.loading import create_model, patiently, plain_errors
 from glattn.hub.local_dir import model_folder, save_model
-from glattn.models.glattn import GLAttn
+from glattn.models.checkpoint import is_folded
 
 README = "README.md"
 
@@ -78,7 +78,7 @@ def _load(source: nn.Module | str | os.PathLike[str], record: Record | None) -> 
             raise ValueError(f"{type(model).__name__} is not one of timm's models: it has no pretrained_cfg")
         if not hasattr(model, "num_classes"):
             raise ValueError(f"{type(model).__name__} gives features alone; push the whole model")
-        if isinstance(model, GLAttn) and not hasattr(model.stem.conv1, "bn"):
+        if is_folded(model):
             raise ValueError(
                 "the model is folded: its weights fit none that can be created; push the one that it was folded from"
             )

@@ -39,7 +39,8 @@ class AbsolutePosition(nn.Module):
         """Resize the table for another nominal image size."""
         with torch.no_grad():
             table = resize_map(self.table, *map_size)
-        self.table = nn.Parameter(table, self.table.requires_grad)
+        if table is not self.table:  # an optimiser may hold it
+            self.table = nn.Parameter(table, self.table.requires_grad)
 
     @torch.jit.ignore
     def resize_state(self, state_dict: dict[str, Tensor], prefix: str) -> None:

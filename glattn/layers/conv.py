@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from timm.layers import create_act_layer
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from glattn.layers.conv2d import FoldedConv, Pointwise, StridedConv
@@ -175,10 +180,12 @@ def activate_in_place(act: nn.Module) -> None:
 
 def is_watched(*modules: nn.Module) -> bool:
     """Tell whether some modules are each to be called for themselves: hooks look on, or a call is something else."""
-    if _global_forward_hooks or _global_forward_pre_hooks:
+    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
         return True
-    for module in modules:  # noqa: SIM110 (any() takes five times as long)
+    for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # accelerate's offload
+            return True
+        if module._backward_hooks or module._backward_pre_hooks:
             return True
     return False
 

@@ -17,6 +17,8 @@ from glattn.layers.precision import precise
 from glattn.layers.reformer import Reformer
 from glattn.layers.tracing import sizes_are_known
 
+torch.fx.wrap("existing_only")  # torch.fx looks for wrapped functions by the file that calls them
+
 
 @torch.fx.wrap
 def score_mask(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -117,7 +119,8 @@ class Linformer(nn.Module):
             old = getattr(self, name)
             with torch.no_grad():
                 new = resize_projection(old, tokens)
-            setattr(self, name, nn.Parameter(new, old.requires_grad))
+            if new is not old:  # an optimiser may hold it
+                setattr(self, name, nn.Parameter(new, old.requires_grad))
 
     @torch.jit.ignore
     def resize_state(self, state_dict: dict[str, Tensor], prefix: str) -> None:

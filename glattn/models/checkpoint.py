@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from glattn.config import GLAttnConfig
+from glattn.layers.conv2d import FoldedConv
 from glattn.models.variants import VARIANTS
 from glattn.models.weights import CONFIG, check_digest, check_finite, unwrap, weights_file
 
@@ -136,6 +137,8 @@ def _check_against(
 def _remedy(key: str, tensors: Mapping[str, Tensor], model: nn.Module) -> str:
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     name, value = key.rpartition(".")[0], tensors.get(key)
+    if value is None and f"{name.removesuffix('.conv')}.weight" in tensors and name.endswith(".conv"):
+        return "the checkpoint is of a folded model: save the one that it was folded from"
     if name in _names(cfg.get("classifier")):
         if value is None:
             return "it has no classifier: add num_classes=0 to pretrained_cfg_overlay to start a new one"
@@ -146,6 +149,11 @@ def _remedy(key: str, tensors: Mapping[str, Tensor], model: nn.Module) -> str:
     if first and value is not None and value.shape[1] != getattr(model, "in_chans", 0):
         return f"create the model with in_chans={value.shape[1]}"
     return ""
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Tell whether any part of a model is folded, so that its weights fit none that can be created."""
+    return any(isinstance(part, FoldedConv) for part in model.modules())
 
 
 def _guess(key: str) -> str:
