@@ -92,7 +92,7 @@ def build(entries: Sequence[Entry], package: Package, folder: Path, *, pixels: i
     """Draw a manifest's entries as train/, val/ and test/, one folder a class; moved into place when all are there.
 
     Raises:
-        ValueError: The folder exists, its images would be of an odd size, or a drawing is not the manifest's.
+        ValueError: The folder exists, the pixels are too few or too many, or a drawing is not the manifest's.
     """
     if not 8 <= pixels <= 1024:
         raise ValueError(f"{pixels} pixels a side: give 8 to 1024")
