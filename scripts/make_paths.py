@@ -174,9 +174,9 @@ def build(folder: Path, *, pixels: int, seed: int, counts: dict[str, int]) -> No
             for index in tqdm(range(count), desc=f"drawing {split}", leave=False, disable=None):
                 rng, joined = generator(seed, split, index), bool(index % 2)
                 drawn = image(rng, joined, pixels)
-                while hashlib.sha256(drawn.tobytes()).digest() in before:
+                while (digest := hashlib.sha256(drawn.tobytes()).digest()) in before:
                     drawn = image(rng, joined, pixels, arm_length(generator(seed, split, index), pixels))
-                mine.add(hashlib.sha256(drawn.tobytes()).digest())
+                mine.add(digest)
                 drawn.save(root / split / name(seed, index))
             before |= mine
 

@@ -9,6 +9,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from glattn.layers.precision import precise
+from glattn.layers.resizing import resized
 from glattn.layers.tracing import sizes_are_known
 
 
@@ -39,8 +40,7 @@ class AbsolutePosition(nn.Module):
         """Resize the table for another nominal image size."""
         with torch.no_grad():
             table = resize_map(self.table, *map_size)
-        if table is not self.table:  # an optimiser may hold it
-            self.table = nn.Parameter(table, self.table.requires_grad)
+        self.table = resized(self.table, table)
 
     @torch.jit.ignore
     def resize_state(self, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -15,6 +15,7 @@ from glattn.config import MixerConfig
 from glattn.layers.linear_attention import Performer, ReluLinear, existing_only
 from glattn.layers.precision import precise
 from glattn.layers.reformer import Reformer
+from glattn.layers.resizing import resized
 from glattn.layers.tracing import sizes_are_known
 
 torch.fx.wrap("existing_only")  # torch.fx looks for wrapped functions by the file that calls them
@@ -119,8 +120,7 @@ class Linformer(nn.Module):
             old = getattr(self, name)
             with torch.no_grad():
                 new = resize_projection(old, tokens)
-            if new is not old:  # an optimiser may hold it
-                setattr(self, name, nn.Parameter(new, old.requires_grad))
+            setattr(self, name, resized(old, new))
 
     @torch.jit.ignore
     def resize_state(self, state_dict: dict[str, Tensor], prefix: str) -> None:

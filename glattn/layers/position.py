@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from glattn.layers.conv import ConvNorm, conv_of, folded, like
 from glattn.layers.precision import precise
+from glattn.layers.resizing import resized
 from glattn.layers.tracing import sizes_are_known
 
 
@@ -101,8 +102,7 @@ class RelativeBias(NoPosition):
         """Resize the table for another nominal image size."""
         with torch.no_grad():
             table = resize_table(self.table, *reach)
-        if table is not self.table:  # an optimiser may hold it
-            self.table = nn.Parameter(table, self.table.requires_grad)
+        self.table = resized(self.table, table)
 
     @torch.jit.ignore
     def resize_state(self, state_dict: dict[str, Tensor], prefix: str) -> None:
