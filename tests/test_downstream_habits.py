@@ -12,10 +12,11 @@ import timm.utils
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from models import randomize
 from torch import nn
 
-from glattn.layers import GlobalLocalBlock
+from glattn.layers import TABLES, GlobalLocalBlock
 from glattn.models.variants import VARIANTS
 
 SMALL = [name for name in VARIANTS if name not in ("glattn_base", "glattn_large")]
@@ -164,6 +165,23 @@ def test_what_timm_s_validate_py_does_to_a_model(tmp_path):
     x = torch.randn(2, *config["input_size"])
     with torch.inference_mode():
         torch.testing.assert_close(model.eval()(x), trained.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{axis: kind} for axis, table in TABLES.items() for kind in table] + [{"abs_pos": "stages"}],
+    ids=lambda options: "=".join(*options.items()),
+)
+def test_accelerate_offloads_every_mechanism_by_layers(options):
+    """A parameter is on its device only while the forward of the module that owns it runs."""
+    torch.manual_seed(0)
+    model = randomize(timm.create_model("test_glattn", num_classes=3, img_size=64, head_dim=4, **options)).eval()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(x)
+        out = cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)(x)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_fsdp2_by_block_takes_the_same_step(one_process):

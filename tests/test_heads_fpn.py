@@ -1,5 +1,7 @@
 """The pyramid, and torchvision's detectors on it."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,7 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-from glattn.heads import FPNBackbone, UNetFormer, fpn_backbone
+from glattn.heads import FPNBackbone, UNetFormer, fpn_backbone, unetformer
 
 LEVELS = {"pool": ["0", "1", "2", "3", "pool"], "p6p7": ["0", "1", "2", "p6", "p7"]}
 
@@ -24,6 +26,16 @@ def test_levels_have_their_names_channels_and_sizes(extra, size):
     start = {"pool": 4, "p6p7": 8}[extra]
     for i, level in enumerate(levels.values()):
         assert level.shape == (2, 24, *(-(-side // (start * 2**i)) for side in size))
+
+
+@pytest.mark.parametrize("feature_cls", ["dict", "hook", "getter", "fx"])
+def test_heads_take_every_wrapper_of_timm_s(feature_cls):
+    x = torch.randn(2, 3, 64, 96)
+    for head in (fpn_backbone, partial(unetformer, num_classes=2)):
+        torch.manual_seed(0)
+        wanted = head("test_glattn").eval()(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(head("test_glattn", feature_cls=feature_cls).eval()(x), wanted)
 
 
 def test_maps_of_a_body_that_works_in_nhwc_are_turned():

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 def feature_maps(body: nn.Module, x: Tensor) -> list[Tensor]:
     """Return the ``(B, C, H, W)`` maps, the finest first, of a timm model made with ``features_only=True``."""
-    maps: list[Tensor] = body(x)
+    out: list[Tensor] | dict[str, Tensor] = body(x)
+    maps = list(out.values()) if isinstance(out, dict) else out  # of feature_cls="dict"
     nhwc = getattr(body, "output_fmt", None) == Format.NHWC
     return [nhwc_to(each, Format.NCHW) for each in maps] if nhwc else maps
 

@@ -34,6 +34,13 @@ class NoPosition(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, reach: tuple[int, int], **factory: Any) -> None:
         super().__init__()
 
+    def forward(
+        self, q: Tensor, k: Tensor, span: tuple[int, int, int], reach: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what `encode` gives of the queries' and keys' maps, and `bias` for a group of this span and reach."""
+        q, k = self.encode(q, k)
+        return q, k, self.bias(q, span, reach)
+
     def encode(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return the maps of queries and keys, ``(B, heads * head_dim, H, W)`` each, with their position."""
         return q, k
