@@ -339,6 +339,19 @@ def test_without_running_statistics_the_batch_has_its_own(training):
     torch.testing.assert_close(mine(x), theirs(x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_that_are_not_tracked_for_a_while_stay(training):
+    mine, theirs = BatchNorm2d(3), nn.BatchNorm2d(3)
+    mine(torch.randn(2, 3, 4, 4))
+    theirs.load_state_dict(mine.state_dict())
+    mine.train(training).track_running_stats = theirs.train(training).track_running_stats = False
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(mine(x), theirs(x), rtol=0, atol=0)
+    assert mine(torch.randn(1, 3, 1, 1)).isfinite().all()
+    for name, buffer in mine.state_dict().items():
+        assert torch.equal(buffer, theirs.state_dict()[name])
+
+
 # strides that fit two memory formats, where a side or the batch is 1: torch's own norm reads the first four wrongly
 AMBIGUOUS = [
     ((1, 3, 4, 5), (3, 1, 15, 3)),

@@ -355,6 +355,15 @@ def test_dropout_of_a_folded_model_works_in_evaluation_where_it_is_asked_for():
         assert not torch.equal(block(x), block(x))
 
 
+def test_what_takes_the_place_of_a_folded_mixers_dropout_is_called():
+    """As Monte Carlo dropout's libraries put theirs, which drop in evaluation mode."""
+    block, x = wide_block()
+    with torch.no_grad():
+        mixed = x + block[0].mixer(x)
+        block[0].mixer.proj_drop = nn.Tanh().eval()
+        close(block[0].mixer(x, x), x + (mixed - x).tanh())
+
+
 @pytest.mark.parametrize("rates", [{"drop_path_rate": 0.9}, {"proj_drop": 0.5}])
 def test_a_folded_model_in_training_drops_as_before(rates):
     model, x = reparameterize_model(timm.create_model("test_glattn", **rates).eval()), torch.randn(8, 3, 64, 64)
@@ -377,13 +386,14 @@ def test_a_plain_convolution_put_into_a_folded_block_computes_the_same(name):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("name", ["mixer", "mlp", "ls1", "drop_path2"])
+@pytest.mark.parametrize("name", ["mixer", "mlp", "ls1", "drop_path1", "drop_path2"])
 def test_what_takes_the_place_of_a_part_of_a_folded_block_takes_its_map_alone(name):
     block, x = wide_block()
-    setattr(block[0], name, nn.Tanh())
-    mixer, mlp, ls1, drop_path2 = (getattr(block[0], part) for part in ("mixer", "mlp", "ls1", "drop_path2"))
+    setattr(block[0], name, nn.Tanh().eval())  # as all else, in evaluation mode
+    parts = block[0]._modules
+    mixer, mlp, ls1, drop_path1, drop_path2 = map(parts.get, ("mixer", "mlp", "ls1", "drop_path1", "drop_path2"))
     with torch.no_grad():
-        y = x + ls1(mixer(x))
+        y = x + drop_path1(ls1(mixer(x)))
         close(block(x), y + drop_path2(mlp(y)))
         close(torch.jit.script(block)(x), block(x))
 
@@ -414,6 +424,14 @@ def between(conv):
     optimizer.step()
 
 
+def frozen_but_for_a_step(conv):
+    conv.requires_grad_(False)
+    used(conv, torch.randn(2, 192, 7, 9).to(memory_format=torch.channels_last))
+    conv.requires_grad_(True)
+    step(conv, fused=True)
+    conv.requires_grad_(False)
+
+
 def by_new_data_twice(conv):
     for _ in range(2):
         conv.weight.data = conv.weight.data * 2
@@ -429,6 +447,7 @@ CHANGES = {
     "new parameter": lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight * 2)),
     "through data": through_data,
     "fused, after an evaluation": between,
+    "fused, frozen before and behind": frozen_but_for_a_step,
     "a lower precision and back": lambda conv: conv.bfloat16().float(),
     "optimizer": step,
     "fused optimizer": lambda conv: step(conv, fused=True),

@@ -19,6 +19,11 @@ from glattn.layers.fusion import FUSIONS, SumFusion
 from glattn.layers.local import LOCALS, SqueezeExcite
 
 
+def is_idle(drop: nn.Module) -> bool:
+    """Tell whether a dropout passes on what it is given; what took its place may work in evaluation, too."""
+    return not drop.training and type(drop) in (nn.Identity, nn.Dropout, DropPath)
+
+
 class GlobalLocalAttention(nn.Module):
     """``proj(context(fusion(local(x), attn(x))))``: ``(B, C, H, W) -> (B, C, H, W)``.
 
@@ -65,7 +70,7 @@ class GlobalLocalAttention(nn.Module):
         out = self.context(self.fused(x))
         if not torch.jit.is_scripting():
             if added is not None and isinstance(self.proj, FoldedConv):
-                if not (self.proj_drop.training or is_watched(self.proj, self.proj_drop)):
+                if is_idle(self.proj_drop) and not is_watched(self.proj, self.proj_drop):
                     return self.proj(out, added)
         out = self.proj_drop(self.proj(out))
         return out if added is None else added + out
@@ -178,7 +183,8 @@ class GlobalLocalBlock(nn.Module):
         parts = self._modules
         return (
             self.folded
-            and not (parts["drop_path1"].training or parts["drop_path2"].training)
+            and is_idle(parts["drop_path1"])
+            and is_idle(parts["drop_path2"])
             and type(parts["mixer"]) is GlobalLocalAttention
             and type(parts["mlp"]) is Mlp
             and type(parts["ls1"]) is type(parts["ls2"]) is nn.Identity

@@ -92,7 +92,7 @@ def is_misread(
     The output where it is higher, the weight's gradient even where it is not.
     """
     reach = x.shape[3] + 2 * padding[1] - dilation[1] * (weight.shape[3] - 1)
-    return x.device.type == "cpu" and stride[1] > 1 and reach <= stride[1] and _in_bfloat16(x)
+    return x.ndim == 4 and x.device.type == "cpu" and stride[1] > 1 and reach <= stride[1] and _in_bfloat16(x)
 
 
 @torch.fx.wrap
@@ -155,6 +155,8 @@ class FoldedConv(nn.Conv2d):
                 convolve = self.prepared(input)
                 if convolve is not None:
                     return convolve(input, added, relu)
+            elif self._prepared is not None and not torch.compiler.is_compiling() and self.is_trained():
+                self._prepared = None
         out = self.convolved(input)
         if relu:
             out = F.relu(out, inplace=True)
@@ -167,6 +169,12 @@ class FoldedConv(nn.Conv2d):
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return strided(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return self._conv_forward(input, self.weight, self.bias)
+
+    @torch.jit.ignore
+    def is_trained(self) -> bool:
+        """Tell whether this call may be one before a step of an optimiser, of which a fused one counts no change."""
+        weight = self._parameters.get("weight")
+        return torch.is_grad_enabled() and (weight is None or weight.requires_grad)
 
     def is_product(self) -> bool:
         """Tell whether each cell is multiplied with one matrix."""

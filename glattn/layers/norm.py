@@ -18,9 +18,15 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    tracked: bool,
 ) -> Tensor:
-    """Batch normalisation that takes its running statistics where a channel has a single value, even in training."""
+    """Batch normalisation that takes its running statistics where a channel has a single value, even in training.
+
+    Where they are not ``tracked`` a batch leaves them as they are.
+    """
     batch_statistics = running_mean is None or (training and x.numel() > x.shape[1])
+    if not tracked and batch_statistics:
+        running_mean, running_var = None, None
     out = F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
     if out.requires_grad and sizes_are_known() and out.numel() > 0 and 1 in [out.shape[0], out.shape[2], out.shape[3]]:
         # On the CPU, torch reads a gradient wrongly whose strides fit two memory formats, as they do where a size is 1:
@@ -56,7 +62,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Return the normalised ``(B, C, H, W)`` map."""
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.num_batches_tracked is not None:
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             if torch.jit.is_scripting() or counts():
                 self.num_batches_tracked.add_(1)
                 if self.momentum is None:  # a plain average
@@ -64,5 +70,13 @@ class BatchNorm2d(nn.BatchNorm2d):
             else:
                 momentum = 0.0
         return batch_norm(
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.training, momentum, self.eps
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.training,
+            momentum,
+            self.eps,
+            self.track_running_stats,
         )
