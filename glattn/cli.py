@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(args, "overrides") and not any(text.startswith("-") or "=" not in text for text in rest):
         args.overrides += rest  # argparse takes key=value of one place only: before, between or after the options
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; a key of the configuration is written key=value" if hasattr(args, "overrides") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every file's name can be encoded
     try:

@@ -27,6 +27,7 @@ from glattn.files import replacing, write_text
 from glattn.training.config import read_recipe
 from glattn.training.data import find_split
 from glattn.training.image_folder import EXTENSIONS
+from glattn.training.images import find_bad
 
 FIELDS = (
     "model", "data", "lr", "seed", "chosen", "val_top1", "test_top1", "test_images", "parameters", "epochs", "seconds",
@@ -79,6 +80,9 @@ class Proxies:
         for model in args.models:
             self.start(model)  # what is no model is said before any training
         self.images, self.digest = survey(self.source)
+        split = self.source / tested_split(self.source)
+        if bad := next(find_bad([str(split / name) for name in self.images]), None):
+            raise ValueError(f"{bad[0]} cannot be read, to be tested on ({bad[1]}): repair it or take it out")
         self.data = args.data.resolve().name
         self.out, self.runs = args.out / self.data, args.runs / f"{self.data}-{self.digest}"
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -290,9 +294,13 @@ def survey(source: Path) -> tuple[list[str], str]:
         FileNotFoundError: There are none, or none to test on.
         ValueError: One is of a class that nothing is trained on.
     """
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"{source}: no such folder; scripts/make_icons.py, make_emoji.py, make_paths.py make some"
+        )
     names = sorted(str(path.relative_to(source)) for path in images_in(source))
     if not names:
-        raise FileNotFoundError(f"{source}: no images; scripts/make_icons.py, make_emoji.py, make_paths.py draw them")
+        raise FileNotFoundError(f"{source}: no images in it; they are to lie as train/CLASS/NAME.png, in no .tar")
     split = f"{tested_split(source)}/"
     tested = [name.removeprefix(split) for name in names if name.startswith(split)]
     if not tested:
@@ -300,7 +308,8 @@ def survey(source: Path) -> tuple[list[str], str]:
     if train := find_split(source, "train"):
         known = {Path(name).parent.name for name in names if name.startswith(f"{train.name}/")}
         if unknown := sorted({Path(name).parent.name for name in tested} - known):
-            raise ValueError(f"{source}: {split} has a class {unknown[0]!r} that {train.name}/ has not")
+            which = f"a class {unknown[0]!r} that {train.name}/ has not" if unknown[0] else "images outside its classes"
+            raise ValueError(f"{source}: {split} has {which}")
     return tested, digest_of(names)
 
 
@@ -362,15 +371,20 @@ def finished(run: Path, data: Path) -> tuple[Row, dict[str, bool]]:
 
 
 def authors_of(images: list[str]) -> dict[str, str]:
-    """Return each image's author. What no manifest names (Paths), or one author alone drew, is each by itself."""
+    """Return each image's author. What no manifest names (Paths), or one author alone drew, is each by itself.
+
+    Raises:
+        ValueError: A manifest names some of the sets, SET--NAME, and others not: theirs would pass for as many authors.
+    """
     import manifest
 
     known = {e.set: e.author for path in sorted(manifest.FOLDER.glob("*.csv.gz")) for e in manifest.read(path)}
     found = {image: known.get(Path(image).name.partition("--")[0], image) for image in images}
-    unknown = [image for image, author in found.items() if author == image]
-    if 0 < len(unknown) < len(images):
+    unknown = [image for image, author in found.items() if author == image and "--" in Path(image).name]
+    if unknown and any(author != image for image, author in found.items()):
         raise ValueError(
-            f"{len(unknown)} test images are of sets that no manifest names, such as {unknown[0]}: whose are they?"
+            f"{len(unknown)} test images are of sets that no manifest of data_manifests/ names, such as {unknown[0]}:"
+            " put theirs there, or take -- out of the names of images that are each by an author of their own"
         )
     return found if len(set(found.values())) > 1 else {image: image for image in images}
 

@@ -28,7 +28,7 @@ from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has
 import glattn  # noqa: F401
 from glattn.figures import save_figure
 from glattn.files import copy_file, new_folder, write_text
-from glattn.models.weights import save_weights
+from glattn.models.weights import missing_weights, save_weights
 from glattn.training.data import find_split
 from glattn.training.digits import write_digits
 
@@ -63,6 +63,8 @@ def find_task(name: str) -> Task:
     """Return a task by name: of `TASKS`, or DATA or DATA-Nshot of other images, which lie in data/DATA."""
     if name in TASKS:
         return TASKS[name]
+    if "/" in name:
+        raise ValueError(f"{name}: give the name of a folder in data/, such as icons100, or icons100-5shot")
     found = re.search(r"-([1-9]\d*)shot$", name)
     data, shots = (name[: found.start()], int(found[1])) if found else (name, 0)
     settings = ("epochs=30", "warmup_epochs=2") if shots else ("epochs=6", "warmup_epochs=1")
@@ -111,6 +113,8 @@ class Transfer(Proxies):
     def start(self, model: str) -> list[str]:
         """Return the arguments of an arm, MODEL:START."""
         name, start, times = split_arm(model)
+        if not timm.is_model(name):
+            raise ValueError(f"{model}: timm knows no model {name!r}; timm.list_models() has them")
         arguments = [f"model={name}"]
         if start == "pretrained":
             arguments.append("pretrained=true")
@@ -138,6 +142,8 @@ def start_file(arm: str) -> Path | None:
             cfg = timm.get_pretrained_cfg(model)
         except RuntimeError as error:  # of a tag
             raise ValueError(f"{arm}: {error}") from None
+        if cfg is not None and (missing := missing_weights(cfg.architecture, cfg.to_dict())):
+            raise ValueError(missing)
         return Path(cfg.file) if cfg is not None and cfg.file else None
     if start == "scratch":
         return None
@@ -237,9 +243,8 @@ def main() -> int:
         for arm in args.arms:
             make_start(arm, args.out / "pretraining")
         failed = []
-        for name in args.tasks:
-            print(name, flush=True)
-            transfer = Transfer(name, find_task(name), args)
+        for transfer in [Transfer(name, find_task(name), args) for name in args.tasks]:
+            print(transfer.data, flush=True)
             transfer.run()
             transfer.compare()
             failed += transfer.failed

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import manifest
@@ -58,6 +59,10 @@ def test_authors_are_the_manifests_and_one_author_is_no_sample():
     assert run_proxies.authors_of(list(icons)) == icons  # whichever of them are tested on
 
 
+def draw(path):
+    Image.new("L", (1, 1)).save(path)
+
+
 @pytest.fixture
 def proxies(tmp_path, monkeypatch):
     """Return a maker of lists whose trainings are pretended: the higher lr is better on val, worse on test."""
@@ -74,10 +79,10 @@ def proxies(tmp_path, monkeypatch):
         right = answers(set(range(50)) if run.name.startswith("b-") else set())
         return {"val_top1": "80" if high else "70", "test_top1": "60" if high else "90"}, right
 
-    for image in IMAGES:
-        for split in ("train", "test"):
-            (tmp_path / "data" / split / "a").mkdir(parents=True, exist_ok=True)
-            (tmp_path / "data" / split / image).touch()
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "a").mkdir(parents=True)
+        for image in IMAGES:
+            draw(tmp_path / "data" / split / image)
     monkeypatch.setattr(run_proxies.subprocess, "run", train)
     monkeypatch.setattr(run_proxies, "finished", finished)
 
@@ -237,30 +242,46 @@ def test_a_recipe_that_changed_is_refused_once_it_has_rows(proxies, tmp_path):
 def test_a_class_that_nothing_is_trained_on_is_refused_before_training(proxies, tmp_path):
     make, _ = proxies
     (tmp_path / "data" / "test" / "new").mkdir()
-    (tmp_path / "data" / "test" / "new" / "i.png").touch()
+    draw(tmp_path / "data" / "test" / "new" / "i.png")
     with pytest.raises(ValueError, match=r"test/ has a class 'new' that train/ has not"):
         make("a")
+    (tmp_path / "data" / "test" / "new" / "i.png").rename(tmp_path / "data" / "test" / "i.png")
+    with pytest.raises(ValueError, match="test/ has images outside its classes"):
+        make("a")
+
+
+def test_a_test_image_that_cannot_be_read_is_named_before_training(proxies, tmp_path):
+    make, trained = proxies
+    (tmp_path / "data" / "test" / IMAGES[3]).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"{IMAGES[3]} cannot be read, to be tested on \(.+\): repair it"):
+        make("a")
+    assert not trained
 
 
 def test_rows_of_other_images_are_refused_and_answers_are_kept(proxies, tmp_path):
     make, _ = proxies
     assert make("a", "b").run()
     assert run_proxies.unpack(make("b").rows[-1]["answers"], IMAGES) == answers(set(range(50)))
-    (tmp_path / "data" / "test" / "a" / "new.png").touch()
+    draw(tmp_path / "data" / "test" / "a" / "new.png")
     with pytest.raises(ValueError, match="8 rows are of other images"):
         make("a")
     with pytest.raises(ValueError, match="200 images were tested, which are not the 201"):
         make("c", out=tmp_path / "other").run()
-    with pytest.raises(FileNotFoundError, match="no images"):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
         run_proxies.survey(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"no images in it; .* in no .tar"):
+        run_proxies.survey(tmp_path / "out")
 
 
 def test_images_that_only_some_manifest_knows_are_refused():
     known = next(e for e in manifest.read(manifest.FOLDER / "icons100.csv.gz") if e.split == "test")
     image = known.file.removeprefix("test/")
     assert run_proxies.authors_of([image, image]) == {image: image}
-    with pytest.raises(ValueError, match="no manifest names, such as x"):
-        run_proxies.authors_of([image, "x"])
+    with pytest.raises(ValueError, match=r"no manifest of data_manifests/ names, such as a/other--x"):
+        run_proxies.authors_of([image, "a/other--x.png"])
+    author = run_proxies.authors_of([image, "a/mine.png"])
+    assert author["a/mine.png"] == "a/mine.png"
+    assert author[image] != image
 
 
 def test_a_training_that_fails_is_said_and_the_others_are_done(proxies, capsys):

@@ -165,7 +165,9 @@ def _short(monkeypatch):
 def test_a_run_that_is_cut_and_resumed_ends_as_one_that_is_not(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["pretrain", "--samples", "256", "--run", str(whole), *FEW]) == 0
-    assert "1000 classes, 128 + 64 images at 32x32" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1000 classes, 128 + 64 images at 32x32" in said
+    assert "872 classes have no training image" in said
     assert main(["pretrain", "--samples", "128", "--run", str(cut), *FEW, "schedule=constant"]) == 0
     assert main(["pretrain", "--samples", "256", "--run", str(cut), "--resume", "auto", *FEW]) == 1
     assert "schedule" in capsys.readouterr().err
@@ -206,6 +208,7 @@ def test_a_run_on_several_fractals_goes_on_from_one_on_single_ones(tmp_path, mon
         (["--samples", "75000"], "epoch_samples=50000"),
         (["--samples", "75000", "epoch_samples=100000"], "epoch_samples=100000"),
         (["--samples", "50000", "--epochs", "3"], "both"),
+        (["--model", "glattn_pico", "model=glattn_atto"], "--model and model=glattn_atto both say it"),
         (["image_size=0"], "image_size"),
         (["image_size=null"], "image_size=64"),
         (["--data", "photos"], "leave data out"),
@@ -219,6 +222,14 @@ def test_what_is_asked_wrongly_is_one_line(arguments, word, capsys):
     error = capsys.readouterr().err
     assert word in error
     assert error.count("\n") == 1
+
+
+def test_a_key_that_is_no_option_is_said_how_to_write(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--device", "cpu"])
+    assert (
+        "unrecognized arguments: --device; a key of the configuration is written key=value" in capsys.readouterr().err
+    )
 
 
 def test_a_recipe_of_other_images_is_refused(tmp_path, capsys):

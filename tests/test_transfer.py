@@ -260,7 +260,7 @@ def trained(tmp_path, monkeypatch):
     return main, commands, tmp_path
 
 
-ARMS = ("test_glattn:pretrained", "test_glattn:scratch", "test_resnet:resnet", "test_glattn:scratch*10")
+ARMS = ("glattn_atto:pretrained", "test_glattn:scratch", "test_resnet:resnet", "test_glattn:scratch*10")
 
 
 def test_each_arm_starts_as_it_says_and_is_compared_with_the_first(trained, capsys):
@@ -332,6 +332,24 @@ def test_what_is_no_arm_is_said(trained, arm, capsys):
     main, commands, _ = trained
     assert main(arm) == 1
     assert "is no arm" in capsys.readouterr().err
+    assert not commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nosuch:scratch",), "nosuch:scratch: timm knows no model 'nosuch'"),
+        (("glattn_tiny:pretrained",), "glattn_tiny: no pretrained weights of it in this package"),
+        ((ARMS[1], "--tasks", "two", "data/two-3shot"), "data/two-3shot: give the name of a folder in data/"),
+        ((ARMS[1], "--tasks", "two", "typo-3shot"), "data/typo: no such folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_training(trained, arguments, said, capsys):
+    main, commands, _ = trained
+    assert main(*arguments) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
     assert not commands
 
 

@@ -30,6 +30,10 @@ def resolve(args: argparse.Namespace, defaults: Mapping[str, Any] = NO_DEFAULTS)
     """Return the configuration that the arguments ask for, over other defaults than the usual."""
     given = [f"{name}={getattr(args, name)}" for name in ("data", "model", "run", "epochs", "resume")
              if getattr(args, name) is not None]  # fmt: skip
+    for text in given:
+        name = text.partition("=")[0]
+        if again := [other for other in args.overrides if other.startswith(f"{name}=")]:
+            raise ValueError(f"--{name} and {again[0]} both say it; give one of them")
     return TrainConfig.read(args.config, [*given, *args.overrides], defaults)
 
 

@@ -190,7 +190,9 @@ def open_fractals(config: TrainConfig) -> tuple[FractalSource, FractalSource]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments: those of ``glattn train``, and how long."""
     command.add_arguments(parser)
-    text = "pictures to train on, a multiple of epoch_samples (2000000, or the recipe's epochs)"
+    text = (
+        "pictures to draw, a multiple of epoch_samples (2000000, or the recipe's epochs); an epoch's last batch is full"
+    )
     parser.add_argument("--samples", type=int, help=text)
     recipe = " ".join(f"{key}={value}" for key, value in RECIPE.items())
     parser.epilog = f"defaults here, over those below: {recipe}\n\n{parser.epilog}"
