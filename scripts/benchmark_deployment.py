@@ -97,23 +97,32 @@ def measure(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, list[floa
     return seconds
 
 
+def count(text: str) -> int:
+    """Return a number of one or more."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def size(text: str) -> tuple[int, int]:
     """Return (height, width) from ``224`` or ``192x320``."""
     height, _, width = text.partition("x")
-    return int(height), int(width or height)
+    return count(height), count(width or height)
 
 
 def main() -> int:
     """Export, check, time, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("models", nargs="+", help="names, by timm")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="images a step")
+    parser.add_argument("--batches", type=count, nargs="+", default=[1, 8], help="images a step")
     parser.add_argument("--sizes", type=size, nargs="+", default=[(224, 224)], help="such as 224 or 192x320")
     parser.add_argument("--runtimes", nargs="+", choices=tuple(RUNTIMES)[1:], default=tuple(RUNTIMES)[1:])
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each (%(default)s)")
+    parser.add_argument("--rounds", type=count, default=15, help="turns of each (%(default)s)")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="threads of each (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/deployment.csv"), help="CSV to write (%(default)s)")
     args = parser.parse_args()
+    if unknown := [name for name in args.models if not timm.is_model(name)]:
+        parser.error(f"timm knows no model {unknown[0]!r}")
     torch.set_num_threads(args.threads)
     rows, place = [], describe(torch.device("cpu"), kept=keep_freed_memory())
     for name in args.models:
@@ -143,8 +152,8 @@ def main() -> int:
                         row = (name, runtime, batch, height, width, f"{milliseconds:.2f}", f"{ratio:.2f}")
                         rows.append((*row, f"{off[runtime]:.1e}"))
                         print("  ".join(f"{value!s:>12}" for value in rows[-1]), flush=True)
-    with replacing(args.output) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([(*ROW, *place), *((*row, *place.values()) for row in rows)])
+                    with replacing(args.output) as temporary, temporary.open("w", newline="") as file:
+                        csv.writer(file).writerows([(*ROW, *place), *((*row, *place.values()) for row in rows)])
     return 0
 
 

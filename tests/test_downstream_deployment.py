@@ -1,7 +1,10 @@
 """Deployed forms of the folded model: the same numbers at other batches and sizes, and tensors that exporters take."""
 
+import csv
 import importlib.util
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +14,9 @@ from timm.utils import reparameterize_model
 
 from glattn.export import FORMATS, export
 from glattn.models.variants import VARIANTS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import benchmark_deployment
 
 SHAPES = [(batch, 3, *size) for size in ((224, 224), (256, 256), (192, 320)) for batch in (1, 3, 8)]
 # mobile runtimes refuse tensors of more dimensions
@@ -144,3 +150,35 @@ def test_nor_that_of_the_onnx_file(model, tmp_path):
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.output)}
     assert len(ranks) > 50
     assert max(ranks.values()) <= MOST_DIMENSIONS
+
+
+@pytest.mark.export
+def test_the_benchmark_of_deployed_forms_writes_what_it_measured(tmp_path, monkeypatch):
+    file = tmp_path / "rows.csv"
+    options = ["--batches", "1", "2", "--sizes", "64", "33x40", "--runtimes", "torch.export", "--rounds", "1"]
+    threads = str(torch.get_num_threads())
+    arguments = ["benchmark_deployment.py", "test_glattn", *options, "--threads", threads, "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert benchmark_deployment.main() == 0
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["runtime"] for row in rows] == ["eager", "torch.export"] * 4
+    assert {(row["batch"], row["height"], row["width"]) for row in rows} == {
+        (batch, *size) for batch in "12" for size in (("64", "64"), ("33", "40"))
+    }
+    assert all(float(row["difference"]) < 1e-4 and float(row["milliseconds"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nosuch"], "timm knows no model 'nosuch'"),
+        (["test_glattn", "--rounds", "0"], "--rounds: invalid count value: '0'"),
+        (["test_glattn", "--sizes", "0x64"], "--sizes: invalid size value: '0x64'"),
+    ],
+)
+def test_what_that_benchmark_cannot_measure_is_said(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark_deployment.py", *arguments])
+    with pytest.raises(SystemExit):
+        benchmark_deployment.main()
+    assert said in capsys.readouterr().err
