@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="threads of each (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/deployment.csv"), help="CSV to write (%(default)s)")
     args = parser.parse_args()
-    if unknown := [name for name in args.models if not timm.is_model(name)]:
+    if unknown := [name for name in args.models if ":" not in name and not timm.is_model(name)]:
         parser.error(f"timm knows no model {unknown[0]!r}")
     torch.set_num_threads(args.threads)
     rows, place = [], describe(torch.device("cpu"), kept=keep_freed_memory())

@@ -82,7 +82,7 @@ class Proxies:
         self.images, self.digest = survey(self.source)
         split = self.source / tested_split(self.source)
         if bad := next(find_bad([str(split / name) for name in self.images]), None):
-            raise ValueError(f"{bad[0]} cannot be read, to be tested on ({bad[1]}): repair it or take it out")
+            raise ValueError(f"test image {bad[0]} cannot be read ({bad[1]}): repair it or take it out")
         self.data = args.data.resolve().name
         self.out, self.runs = args.out / self.data, args.runs / f"{self.data}-{self.digest}"
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -112,6 +112,7 @@ class Proxies:
 
     def run(self) -> bool:
         """Do what is missing, but for what fails, which is said and noted in `failed`; tell whether all is done."""
+        self.rows = read_csv(self.path)  # another list may have added to them since
         for model in self.args.models:
             if kept := self.rows_of(model):
                 print(f"{model}: {len(kept)} runs are there, of {', '.join(sorted({row['commit'] for row in kept}))}")

@@ -24,11 +24,12 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv
+from timm.models._registry import split_model_name_tag
 
 import glattn  # noqa: F401
 from glattn.figures import save_figure
 from glattn.files import copy_file, new_folder, write_text
-from glattn.models.weights import missing_weights, save_weights
+from glattn.models.weights import reading_checkpoint, save_weights
 from glattn.training.data import find_split
 from glattn.training.digits import write_digits
 
@@ -113,8 +114,6 @@ class Transfer(Proxies):
     def start(self, model: str) -> list[str]:
         """Return the arguments of an arm, MODEL:START."""
         name, start, times = split_arm(model)
-        if not timm.is_model(name):
-            raise ValueError(f"{model}: timm knows no model {name!r}; timm.list_models() has them")
         arguments = [f"model={name}"]
         if start == "pretrained":
             arguments.append("pretrained=true")
@@ -142,8 +141,6 @@ def start_file(arm: str) -> Path | None:
             cfg = timm.get_pretrained_cfg(model)
         except RuntimeError as error:  # of a tag
             raise ValueError(f"{arm}: {error}") from None
-        if cfg is not None and (missing := missing_weights(cfg.architecture, cfg.to_dict())):
-            raise ValueError(missing)
         return Path(cfg.file) if cfg is not None and cfg.file else None
     if start == "scratch":
         return None
@@ -160,9 +157,21 @@ def start_digest(arm: str) -> str:
 
 
 def make_start(arm: str, records: Path) -> None:
-    """Make the file that an arm starts from, if it starts from a run folder; keep a copy of that run's measurements."""
-    start, file = split_arm(arm)[1], start_file(arm)
-    if file is not None and start != "pretrained":
+    """Make the file that an arm starts from, if it starts from a run folder; keep a copy of that run's measurements.
+
+    Raises:
+        ValueError: timm knows no such model.
+        OSError: There are no such weights.
+    """
+    model, start, _ = split_arm(arm)
+    name, tag = split_model_name_tag(model)
+    if not timm.is_model(name):
+        raise ValueError(f"{arm}: timm knows no model {name!r}; timm.list_models() has them")
+    file = start_file(arm)
+    if start == "pretrained":
+        with reading_checkpoint(name, True, tag or None):
+            pass
+    elif file is not None:
         save_weights(make_weights.start(Path(start)), file)
         copy_file(Path(start) / "metrics.csv", records / f"{Path(start).name}.csv")
 
@@ -243,7 +252,7 @@ def main() -> int:
         for arm in args.arms:
             make_start(arm, args.out / "pretraining")
         failed = []
-        for transfer in [Transfer(name, find_task(name), args) for name in args.tasks]:
+        for transfer in [Transfer(name, find_task(name), args) for name in dict.fromkeys(args.tasks)]:
             print(transfer.data, flush=True)
             transfer.run()
             transfer.compare()

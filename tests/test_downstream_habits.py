@@ -184,6 +184,18 @@ def test_accelerate_offloads_every_mechanism_by_layers(options):
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("position", TABLES["position"])
+def test_every_modules_output_is_of_tensors(position):
+    """As tools that print shapes take them: a tensor, or a list of them."""
+    model = timm.create_model("test_glattn", position=position).eval()
+    seen = []
+    for module in model.modules():
+        module.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    model(torch.randn(1, 3, 64, 64))
+    assert len(seen) > 50
+    assert all(isinstance(o, torch.Tensor) or all(isinstance(part, torch.Tensor) for part in o) for o in seen)
+
+
 def test_fsdp2_by_block_takes_the_same_step(one_process):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor

@@ -27,6 +27,12 @@ def check(model, size=(128, 160)):
     assert not unused
 
 
+def test_an_encoder_takes_features_as_a_dictionary():
+    encoder = smp.encoders.get_encoder(stem_encoder("test_glattn", feature_cls="dict"), depth=5).eval()
+    maps = encoder(torch.randn(1, 3, 64, 96))
+    assert [64 // m.shape[2] for m in maps] == [1, 2, 4, 8, 16, 32]
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_decoder_takes_the_family_as_it_is(decoder):
     check(getattr(smp, decoder)("tu-test_glattn", encoder_weights=None, classes=3))

@@ -253,7 +253,7 @@ def test_a_class_that_nothing_is_trained_on_is_refused_before_training(proxies, 
 def test_a_test_image_that_cannot_be_read_is_named_before_training(proxies, tmp_path):
     make, trained = proxies
     (tmp_path / "data" / "test" / IMAGES[3]).write_bytes(b"no image")
-    with pytest.raises(ValueError, match=rf"{IMAGES[3]} cannot be read, to be tested on \(.+\): repair it"):
+    with pytest.raises(ValueError, match=rf"test image .*{IMAGES[3]} cannot be read \(.+\): repair it"):
         make("a")
     assert not trained
 

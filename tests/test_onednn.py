@@ -432,6 +432,17 @@ def frozen_but_for_a_step(conv):
     conv.requires_grad_(False)
 
 
+def frozen_before_its_step(conv):
+    """A step that is taken after it was frozen, of a gradient of before."""
+    optimizer = torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+    x = torch.randn(2, 192, 7, 9).to(memory_format=torch.channels_last)
+    with torch.enable_grad():
+        conv(x).sum().backward()
+    conv.requires_grad_(False)
+    used(conv, x)
+    optimizer.step()
+
+
 def by_new_data_twice(conv):
     for _ in range(2):
         conv.weight.data = conv.weight.data * 2
@@ -448,6 +459,7 @@ CHANGES = {
     "through data": through_data,
     "fused, after an evaluation": between,
     "fused, frozen before and behind": frozen_but_for_a_step,
+    "fused, frozen in between": frozen_before_its_step,
     "a lower precision and back": lambda conv: conv.bfloat16().float(),
     "optimizer": step,
     "fused optimizer": lambda conv: step(conv, fused=True),
@@ -585,6 +597,22 @@ def test_a_folded_model_is_compiled_whole(calls):
         torch._dynamo.reset()
         close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
         assert not calls
+
+
+def test_what_is_laid_out_is_nothing_to_the_compiler():
+    conv, x = wide("folded")
+    compilations = []
+
+    def backend(graph, _):
+        compilations.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(conv, backend=backend)
+    compiled(x)
+    used(conv, x)
+    compiled(x)
+    assert len(compilations) == 1
 
 
 def test_the_benchmark_counts_what_is_kept():

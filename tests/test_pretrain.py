@@ -167,7 +167,7 @@ def test_a_run_that_is_cut_and_resumed_ends_as_one_that_is_not(tmp_path, capsys)
     assert main(["pretrain", "--samples", "256", "--run", str(whole), *FEW]) == 0
     said = capsys.readouterr().out
     assert "1000 classes, 128 + 64 images at 32x32" in said
-    assert "872 classes have no training image" in said
+    assert "classes without a training image: 872" in said
     assert main(["pretrain", "--samples", "128", "--run", str(cut), *FEW, "schedule=constant"]) == 0
     assert main(["pretrain", "--samples", "256", "--run", str(cut), "--resume", "auto", *FEW]) == 1
     assert "schedule" in capsys.readouterr().err

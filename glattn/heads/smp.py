@@ -11,6 +11,8 @@ from segmentation_models_pytorch.encoders._base import EncoderMixin
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
+from glattn.heads.features import feature_maps
+
 
 class StemEncoder(nn.Module, EncoderMixin):
     """``(B, in_chans, H, W) -> [the image, maps at strides 2, 4, 8, 16, 32]``, cut to ``depth`` maps.
@@ -52,7 +54,7 @@ class StemEncoder(nn.Module, EncoderMixin):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the image and the maps."""
-        return [x, *self.model(x)]
+        return [x, *feature_maps(self.model, x)]
 
 
 def stem_encoder(name: str, **kwargs: Any) -> str:

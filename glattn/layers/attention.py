@@ -64,8 +64,9 @@ class HeadGroup(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the attended values' map."""
         height, width = q.shape[2], q.shape[3]
+        q, k = self.position.encode(q, k)
         span = self.layout.span(height, width)
-        q, k, bias = self.position(q, k, span, self.layout.reach(height, width))
+        bias = self.position.bias(q, span, self.layout.reach(height, width))
         batch = q.shape[0]
         q, k, v, mask = self.layout.group(q, k, v)
         out = self.inner_attn(self.heads(q), self.heads(k), self.heads(v), bias, mask)

@@ -1,6 +1,7 @@
 """torch's Conv2d, computed as what is fastest or right on a device: matrix products, strides, laid-out weights."""
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.fx
@@ -33,15 +34,19 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> bo
     )
 
 
-_steps = 0  # of any optimiser: fused ones do not count as changes of a tensor
+_laid_out: WeakSet["FoldedConv"] = WeakSet()
 
 
-def _count_step(*_: object) -> None:
-    global _steps
-    _steps += 1
+def _forget(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Drop what is kept of weights that have taken a step: fused optimisers count no change of a tensor."""
+    if _laid_out:
+        stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        for conv in list(_laid_out):
+            if id(conv._parameters.get("weight")) in stepped:
+                conv._prepared = None
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_forget)
 
 
 @torch.fx.wrap
@@ -91,8 +96,8 @@ def is_misread(
 
     The output where it is higher, the weight's gradient even where it is not.
     """
-    reach = x.shape[3] + 2 * padding[1] - dilation[1] * (weight.shape[3] - 1)
-    return x.ndim == 4 and x.device.type == "cpu" and stride[1] > 1 and reach <= stride[1] and _in_bfloat16(x)
+    reach = x.shape[-1] + 2 * padding[1] - dilation[1] * (weight.shape[3] - 1)
+    return x.device.type == "cpu" and stride[1] > 1 and reach <= stride[1] and _in_bfloat16(x)
 
 
 @torch.fx.wrap
@@ -155,8 +160,6 @@ class FoldedConv(nn.Conv2d):
                 convolve = self.prepared(input)
                 if convolve is not None:
                     return convolve(input, added, relu)
-            elif self._prepared is not None and not torch.compiler.is_compiling() and self.is_trained():
-                self._prepared = None
         out = self.convolved(input)
         if relu:
             out = F.relu(out, inplace=True)
@@ -169,12 +172,6 @@ class FoldedConv(nn.Conv2d):
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return strided(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return self._conv_forward(input, self.weight, self.bias)
-
-    @torch.jit.ignore
-    def is_trained(self) -> bool:
-        """Tell whether this call may be one before a step of an optimiser, of which a fused one counts no change."""
-        weight = self._parameters.get("weight")
-        return torch.is_grad_enabled() and (weight is None or weight.requires_grad)
 
     def is_product(self) -> bool:
         """Tell whether each cell is multiplied with one matrix."""
@@ -205,6 +202,7 @@ class FoldedConv(nn.Conv2d):
             convolve, size = onednn.prepare(self, x.shape, product)
             # weight and bias are held on to, so that no others get their places in memory
             self._prepared = made = of, shape, convolve, size, (weight, weight.detach(), bias)
+            _laid_out.add(self)
         return made[2]
 
     @torch.jit.ignore
@@ -213,7 +211,7 @@ class FoldedConv(nn.Conv2d):
         tensors = (id(weight), weight.data_ptr(), weight._version, weight.shape, weight.stride())
         of_bias = bias if bias is None else (id(bias), bias.shape, bias.stride())
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
-        return dtype, tensors, weight.requires_grad and _steps, of_bias, geometry
+        return dtype, tensors, of_bias, geometry
 
     @torch.jit.ignore
     def can_be_laid_out(self, x: Tensor) -> bool:

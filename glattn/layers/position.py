@@ -25,6 +25,8 @@ from glattn.layers.tracing import sizes_are_known
 class NoPosition(nn.Module):
     """No position: content alone decides. Also what the other encodings leave as it is.
 
+    What differs from it is a `forward`: tools that move or remake parameters do so when their module is called.
+
     Args:
         num_heads: Heads of the group.
         head_dim: Channels a head.
@@ -33,13 +35,6 @@ class NoPosition(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, reach: tuple[int, int], **factory: Any) -> None:
         super().__init__()
-
-    def forward(
-        self, q: Tensor, k: Tensor, span: tuple[int, int, int], reach: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return what `encode` gives of the queries' and keys' maps, and `bias` for a group of this span and reach."""
-        q, k = self.encode(q, k)
-        return q, k, self.bias(q, span, reach)
 
     def encode(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return the maps of queries and keys, ``(B, heads * head_dim, H, W)`` each, with their position."""
@@ -121,6 +116,11 @@ class RelativeBias(NoPosition):
 
     def bias(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor | None:
         """Return what is added to the scores, ``(heads, queries, keys)``."""
+        bias: Tensor = self(like, span, reach)
+        return bias
+
+    def forward(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor:
+        """Return `bias`."""
         return pairs(resize_table(self.table, reach[0], reach[1]), span).to(like.dtype)
 
 
@@ -166,6 +166,11 @@ class ContinuousBias(NoPosition):
 
     def bias(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor | None:
         """Return what is added to the scores, ``(heads, queries, keys)``."""
+        bias: Tensor = self(like, span, reach)
+        return bias
+
+    def forward(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor:
+        """Return `bias`."""
         places = log_offsets(reach[0], reach[1], self.largest)
         table = 16.0 * torch.sigmoid(self.mlp(places)).permute(2, 0, 1)
         return pairs(table, span).to(like.dtype)
@@ -222,6 +227,11 @@ class AxialRotary(NoPosition):
 
     def encode(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return the maps of queries and keys, turned."""
+        turned: tuple[Tensor, Tensor] = self(q, k)
+        return turned
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `encode`."""
         frequencies = self.frequencies(q)
         return rotate(q, frequencies, self.num_heads), rotate(k, frequencies, self.num_heads)
 

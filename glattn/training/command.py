@@ -28,13 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def resolve(args: argparse.Namespace, defaults: Mapping[str, Any] = NO_DEFAULTS) -> TrainConfig:
     """Return the configuration that the arguments ask for, over other defaults than the usual."""
-    given = [f"{name}={getattr(args, name)}" for name in ("data", "model", "run", "epochs", "resume")
-             if getattr(args, name) is not None]  # fmt: skip
-    for text in given:
-        name = text.partition("=")[0]
-        if again := [other for other in args.overrides if other.startswith(f"{name}=")]:
-            raise ValueError(f"--{name} and {again[0]} both say it; give one of them")
-    return TrainConfig.read(args.config, [*given, *args.overrides], defaults)
+    names = ("data", "model", "run", "epochs", "resume")
+    given = {name: f"{name}={value}" for name in names if (value := getattr(args, name)) is not None}
+    for text in args.overrides:
+        if (name := text.partition("=")[0]) in given:
+            raise ValueError(f"--{name} and {text} both say it; give one of them")
+    return TrainConfig.read(args.config, [*given.values(), *args.overrides], defaults)
 
 
 def run(args: argparse.Namespace, defaults: Mapping[str, Any] = NO_DEFAULTS) -> int:

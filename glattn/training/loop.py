@@ -363,8 +363,9 @@ class Trainer:
             f"{len(self.train_source)} + {len(self.val_source)} images at {size}, "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}; run folder {self.folder}"
         )
-        if absent := int((self.train_source.class_counts() == 0).sum()):  # of fractals: fewer than there are classes
-            self.say(f"{absent} classes have no training image")
+        absent = int((self.train_source.class_counts() == 0).sum())
+        if absent and self.config.instances == 1:  # fractals, fewer than there are classes; several show others as well
+            self.say(f"classes without a training image: {absent}")
 
 
 class Survive:

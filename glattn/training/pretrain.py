@@ -191,7 +191,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments: those of ``glattn train``, and how long."""
     command.add_arguments(parser)
     text = (
-        "pictures to draw, a multiple of epoch_samples (2000000, or the recipe's epochs); an epoch's last batch is full"
+        "pictures to train on, a multiple of epoch_samples (2000000, or the recipe's epochs); an epoch leaves out what"
+        " fills no batch"
     )
     parser.add_argument("--samples", type=int, help=text)
     recipe = " ".join(f"{key}={value}" for key, value in RECIPE.items())
