@@ -80,9 +80,6 @@ class Proxies:
         for model in args.models:
             self.start(model)  # what is no model is said before any training
         self.images, self.digest = survey(self.source)
-        split = self.source / tested_split(self.source)
-        if bad := next(find_bad([str(split / name) for name in self.images]), None):
-            raise ValueError(f"test image {bad[0]} cannot be read ({bad[1]}): repair it or take it out")
         self.data = args.data.resolve().name
         self.out, self.runs = args.out / self.data, args.runs / f"{self.data}-{self.digest}"
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -293,7 +290,7 @@ def survey(source: Path) -> tuple[list[str], str]:
 
     Raises:
         FileNotFoundError: There are none, or none to test on.
-        ValueError: One is of a class that nothing is trained on.
+        ValueError: One is of a class that nothing is trained on, or cannot be read.
     """
     if not source.is_dir():
         raise FileNotFoundError(
@@ -311,6 +308,8 @@ def survey(source: Path) -> tuple[list[str], str]:
         if unknown := sorted({Path(name).parent.name for name in tested} - known):
             which = f"a class {unknown[0]!r} that {train.name}/ has not" if unknown[0] else "images outside its classes"
             raise ValueError(f"{source}: {split} has {which}")
+    if bad := next(find_bad([str(source / split / name) for name in tested]), None):
+        raise ValueError(f"test image {bad[0]} cannot be read ({bad[1]}): repair it or take it out")
     return tested, digest_of(names)
 
 

@@ -296,7 +296,7 @@ def test_the_picture_names_every_arm_once(tmp_path, monkeypatch):
     transfer.draw(rows, tmp_path / "p.png")
     legend = drawn[0].axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["a:scratch", "b:scratch"]
-    with pytest.raises(ValueError, match="two holds runs of 2 recipes"):
+    with pytest.raises(ValueError, match=r"two holds runs of 2 recipes: icons\.yaml; other\.yaml"):
         transfer.draw([*rows, rows[1] | {"settings": "other.yaml"}], tmp_path / "p.png")
 
 

@@ -85,7 +85,16 @@ def pairs(table: Tensor, span: tuple[int, int, int]) -> Tensor:
     return out.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
-class RelativeBias(NoPosition):
+class ScoreBias(NoPosition):
+    """What adds to the scores: `forward` is the bias."""
+
+    def bias(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor | None:
+        """Return what is added to the scores, ``(heads, queries, keys)``."""
+        bias: Tensor = self(like, span, reach)
+        return bias
+
+
+class RelativeBias(ScoreBias):
     """``scores += table[head, query - key]``: one learned number a head and offset, resized to the group at hand."""
 
     def __init__(self, num_heads: int, head_dim: int, reach: tuple[int, int], **factory: Any) -> None:
@@ -114,13 +123,8 @@ class RelativeBias(NoPosition):
             reach = [(size + 1) // 2 for size in self.table.shape[1:]]
             state_dict[f"{prefix}table"] = resize_table(table, *reach)
 
-    def bias(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor | None:
-        """Return what is added to the scores, ``(heads, queries, keys)``."""
-        bias: Tensor = self(like, span, reach)
-        return bias
-
     def forward(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor:
-        """Return `bias`."""
+        """Return what is added to the scores, ``(heads, queries, keys)``."""
         return pairs(resize_table(self.table, reach[0], reach[1]), span).to(like.dtype)
 
 
@@ -138,7 +142,7 @@ def log_offsets(height: int, width: int, largest: Tensor) -> Tensor:
     return torch.sign(steps) * torch.log2(1.0 + steps.abs()) / 3.0
 
 
-class ContinuousBias(NoPosition):
+class ContinuousBias(ScoreBias):
     """``scores += 16 sigmoid(mlp(log-spaced offset))``: a function of the offset, so of no size (Swin v2).
 
     The largest offset that it was made for goes with the weights: at any other size an offset means the same.
@@ -164,13 +168,8 @@ class ContinuousBias(NoPosition):
         for axis, size in enumerate(self.reach):
             self.largest[axis] = max(size - 1, 1)
 
-    def bias(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor | None:
-        """Return what is added to the scores, ``(heads, queries, keys)``."""
-        bias: Tensor = self(like, span, reach)
-        return bias
-
     def forward(self, like: Tensor, span: tuple[int, int, int], reach: tuple[int, int]) -> Tensor:
-        """Return `bias`."""
+        """Return what is added to the scores, ``(heads, queries, keys)``."""
         places = log_offsets(reach[0], reach[1], self.largest)
         table = 16.0 * torch.sigmoid(self.mlp(places)).permute(2, 0, 1)
         return pairs(table, span).to(like.dtype)
