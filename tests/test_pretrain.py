@@ -51,7 +51,8 @@ def test_every_system_is_one_that_is_asked_for(table):
 def test_the_game_is_played_as_by_hand(table):
     maps = table[3:5]
     draws = np.random.default_rng(1).random((2, fractals.SETTLING + fractals.STEPS, 7))
-    points = fractals.walk(*fractals.systems(maps, torch.float64), torch.from_numpy(draws))
+    padded, shares = fractals.systems(maps)
+    points = fractals.walk(torch.from_numpy(padded), torch.from_numpy(fractals.choose(shares, draws)))
     for which, rows in enumerate(maps):
         areas = [max(abs(a * d - b * c), 0.01) for a, b, c, d, _, _ in rows]
         for chain in range(7):

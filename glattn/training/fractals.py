@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ HELD_OUT = 2_000  # validation images: two a class, the same every time
 SETTLING, STEPS = 12, 16  # steps of a walk before its points count, and that count
 CHAINS = 256  # walks at once, for 64 x 64 pixels: 4096 points; as many a pixel at other sizes
 ALONE, CROWDED = (0.8, 1.6, 0.3), (0.35, 1.0, 0.6)  # least and largest scale, largest shift: half a picture's side is 1
+_MONO = np.cumsum([0.7, 0.15, 0.15])  # in colour, black on white, white on black
 _DIGITS = 5  # decimals of the table: coarser than the last bits in which machines differ
 
 
@@ -54,8 +56,9 @@ def make_system(number: int, *, seed: int = 0) -> np.ndarray:
 
 def _fill(maps: np.ndarray) -> float:
     """Return the share of a 64 x 64 square that the picture of a system fills, fitted into it."""
-    draws = torch.from_numpy(np.random.default_rng(0).random((1, SETTLING + STEPS, CHAINS)))
-    points = fitted(walk(*systems([maps], torch.float64), draws))
+    uniform = np.random.default_rng(0).random((1, SETTLING + STEPS, CHAINS))
+    padded, shares = systems([maps])
+    points = fitted(walk(torch.from_numpy(padded), torch.from_numpy(choose(shares, uniform))))
     if not torch.isfinite(points).all():
         return 0.0
     cells = ((points + 1) * 32).floor().clamp(0, 63)
@@ -82,7 +85,7 @@ def read_table() -> list[np.ndarray]:
     return [np.array(rows) for rows in maps]
 
 
-def systems(maps: Sequence[np.ndarray], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def systems(maps: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return maps ``(B, 4, 6)``, and the shares of each ``(B, 4)`` summed up: by its area, a hundredth at least."""
     padded = np.zeros((len(maps), MOST_MAPS, 6))
     shares = np.zeros((len(maps), MOST_MAPS))
@@ -90,22 +93,34 @@ def systems(maps: Sequence[np.ndarray], dtype: torch.dtype) -> tuple[Tensor, Ten
         padded[number, : len(rows)] = rows
         shares[number, : len(rows)] = np.maximum(np.abs(rows[:, 0] * rows[:, 3] - rows[:, 1] * rows[:, 2]), 0.01)
     summed = np.cumsum(shares, axis=1)
-    return torch.from_numpy(padded).to(dtype), torch.from_numpy(summed / summed[:, -1:]).to(dtype)
+    return padded, summed / summed[:, -1:]
 
 
-def walk(maps: Tensor, shares: Tensor, draws: Tensor) -> Tensor:
-    """Play the chaos game: ``(B, steps * chains, 2)`` points.
+def choose(shares: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Return which map each chain takes at each step, ``(B, steps, chains)`` uint8.
+
+    Args:
+        shares: ``(B, 4)``, summed up.
+        uniform: ``(B, steps, chains)``, of U(0, 1).
+    """
+    thresholds = shares.astype(uniform.dtype)[:, :, None, None]
+    chosen = np.zeros(uniform.shape, np.uint8)
+    for number in range(MOST_MAPS - 1):
+        chosen += uniform >= thresholds[:, number]
+    return chosen
+
+
+def walk(maps: Tensor, chosen: Tensor) -> Tensor:
+    """Play the chaos game: ``(B, steps * chains, 2)`` points, of the steps after the first `SETTLING`.
 
     Args:
         maps: ``(B, 4, 6)``.
-        shares: ``(B, 4)``, summed up.
-        draws: ``(B, settling + steps, chains)``, of U(0, 1): which map each chain takes at each step.
+        chosen: See `choose`.
     """
-    chosen = (draws[..., None] >= shares[:, None, None, :-1]).sum(-1)
-    x = y = torch.zeros_like(draws[:, 0])
+    x = y = maps.new_zeros(len(chosen), chosen.shape[2])
     points = []
-    for step in range(draws.shape[1]):
-        a, b, c, d, e, f = maps.gather(1, chosen[:, step, :, None].expand(-1, -1, 6)).unbind(-1)
+    for step in range(chosen.shape[1]):
+        a, b, c, d, e, f = maps.gather(1, chosen[:, step, :, None].long().expand(-1, -1, 6)).unbind(-1)
         x, y = a * x + b * y + e, c * x + d * y + f
         if step >= SETTLING:
             points.append(torch.stack([x, y], dim=-1))
@@ -126,8 +141,7 @@ class Draws:
     Args:
         counts: Fractals of each picture, which come one after another: B in all.
         maps: Its system, one map of it scaled by U(0.85, 1.05), though never to expand: ``(B, 4, 6)``.
-        shares: See `walk`.
-        steps: See `walk`.
+        chosen: See `choose`.
         pose: Turn or flip (0 to 7), scale, shift along both axes, see `ALONE`, `CROWDED`: ``(B, 4)``.
         colours: Two of the figure's: ``(B, 2, 3)``.
         noise: Of the ground, and of the figure's shading: ``(B, 4, 5, 5)``.
@@ -136,8 +150,7 @@ class Draws:
 
     counts: Sequence[int]
     maps: Tensor
-    shares: Tensor
-    steps: Tensor
+    chosen: Tensor
     pose: Tensor
     colours: Tensor
     noise: Tensor
@@ -156,28 +169,47 @@ class Draws:
         chains = max(CHAINS * side**2 // 64**2, 16)
         crowded = [count > 1 for count in counts for _ in range(count)]
         drawn: list[list[np.ndarray]] = [[] for _ in range(5)]
-        changed = []
-        for rows, seed, among_others in zip(maps, seeds, crowded, strict=True):
+        uniform = np.empty((len(maps), SETTLING + STEPS, chains), np.float32)
+        for own, rows, seed, among_others in zip(uniform, maps, seeds, crowded, strict=True):
             least, largest, shift = CROWDED if among_others else ALONE
             rng = np.random.default_rng(seed)
-            number, factor = rng.integers(len(rows)), rng.uniform(0.85, 1.05)
-            changed.append(rows.copy())
-            changed[-1][number, :4] *= min(factor, 0.99 / np.linalg.norm(rows[number, :4].reshape(2, 2), 2))
+            change = np.array([rng.integers(len(rows)), rng.uniform(0.85, 1.05)])
+            rng.random(out=own, dtype=np.float32)
             values = (
-                rng.random((SETTLING + STEPS, chains), dtype=np.float32),
+                change,
                 np.array([rng.integers(8), rng.uniform(least, largest), *rng.uniform(-shift, shift, size=2)]),
                 rng.uniform(size=(2, 3)),
                 rng.uniform(size=(4, 5, 5)),
-                rng.choice(3, p=(0.7, 0.15, 0.15)),
+                np.searchsorted(_MONO, rng.random(), side="right"),
             )
             for column, value in zip(drawn, values, strict=True):
                 column.append(np.asarray(value))
-        stacked = [torch.from_numpy(np.stack(column)).float() for column in drawn]
-        return cls(counts, *systems(changed, torch.float32), *stacked)
+        changes, *others = (np.stack(column) for column in drawn)
+        padded, shares = systems(_changed(maps, changes[:, 0].astype(int), changes[:, 1]))
+        chosen = torch.from_numpy(choose(shares, uniform))
+        return cls(counts, torch.from_numpy(padded).float(), chosen, *(torch.from_numpy(a).float() for a in others))
 
     def to(self, device: torch.device) -> Draws:
-        """Return them on a device."""
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if name != "counts"})
+        """Return them on a device; pinned ones are copied while the host goes on."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Draws:
+        """Return them in page-locked memory; torch's `DataLoader` calls this."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Draws:
+        tensors: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if name != "counts"}
+        return replace(self, **tensors)
+
+
+def _changed(maps: Sequence[np.ndarray], numbers: np.ndarray, factors: np.ndarray) -> list[np.ndarray]:
+    """Return systems with one map of each scaled by a factor, though never to expand."""
+    scaled = np.stack([rows[number, :4] for rows, number in zip(maps, numbers, strict=True)])
+    scaled *= np.minimum(factors, 0.99 / np.linalg.norm(scaled.reshape(-1, 2, 2), 2, axis=(1, 2)))[:, None]
+    changed = [rows.copy() for rows in maps]
+    for rows, number, row in zip(changed, numbers, scaled, strict=True):
+        rows[number, :4] = row
+    return changed
 
 
 def render(draws: Draws, side: int) -> Tensor:
@@ -185,7 +217,7 @@ def render(draws: Draws, side: int) -> Tensor:
 
     Each fractal of a picture is drawn over those before it, on the first one's ground; in colour if the first one is.
     """
-    points = fitted(walk(draws.maps, draws.shares, draws.steps))
+    points = fitted(walk(draws.maps, draws.chosen))
     kind = draws.pose[:, 0].long()[:, None, None]
     points = torch.where(kind % 2 == 1, points.flip(-1), points)
     signs = torch.stack([1 - 2 * (kind // 2 % 2), 1 - 2 * (kind // 4)], dim=-1).squeeze(1)
@@ -199,11 +231,17 @@ def render(draws: Draws, side: int) -> Tensor:
     first, second = draws.colours[:, :, :, None, None].unbind(1)
     ink, ground = torch.lerp(first, second, smooth[:, 3:]), smooth[:, :3]
     start = np.cumsum([0, *draws.counts[:-1]])
-    mono = draws.mono[start][:, None, None, None]
-    picture = torch.where(mono == 0, ground[start], 2 - mono)
+    own = _on(start, points)
+    mono = draws.mono[own][:, None, None, None]
+    picture = torch.where(mono == 0, ground[own], 2 - mono)
     for place in range(max(draws.counts)):
-        has = np.flatnonzero(np.greater(draws.counts, place))
-        fractal = start[has] + place
+        shown = np.flatnonzero(np.greater(draws.counts, place))
+        has, fractal = _on(shown, points), _on(start[shown] + place, points)
         colour = torch.where(mono[has] == 0, ink[fractal], mono[has] - 1)
         picture[has] = torch.lerp(picture[has], colour, figure[fractal])
     return picture
+
+
+def _on(index: np.ndarray, like: Tensor) -> Tensor:
+    """Return an index on a tensor's device; torch would wait for the device to take an array's."""
+    return torch.from_numpy(index).to(like.device, non_blocking=True)

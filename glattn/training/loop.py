@@ -69,6 +69,7 @@ class Trainer:
         trainable = self.task.get_trainable_module()
         assert trainable is not None
         self.trainable = trainable  # as it is before any wrapping
+        self.parameters = list(trainable.parameters())  # to walk through the modules takes a small model's step longer
         self.augment = augment.BatchAugment(config, len(self.class_names), device)
         self._make_loaders()
         if config.ema_decay:
@@ -190,7 +191,7 @@ class Trainer:
                         loss = self.task(images.to(memory_format=memory_format), targets)["loss"]
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and self.config.clip_grad:
-                        accelerator.clip_grad_norm_(self.trainable.parameters(), self.config.clip_grad)
+                        accelerator.clip_grad_norm_(self.parameters, self.config.clip_grad)
                     self.stepper.step()
                     self.stepper.zero_grad()
                 device_sum += loss.detach()
@@ -356,7 +357,7 @@ class Trainer:
 
     def announce(self) -> None:
         """Say what is about to be trained on what."""
-        trained = sum(p.numel() for p in self.trainable.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.parameters if p.requires_grad)
         size = "x".join(str(edge) for edge in self.data_config["input_size"][1:])
         self.say(
             f"{self.config.model}: {trained / 1e6:.2f}M trained parameters, {len(self.class_names)} classes, "

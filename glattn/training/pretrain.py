@@ -141,6 +141,7 @@ class FractalLoader:
             batch_size=None,
             sampler=_Groups(batches, at_once),
             num_workers=workers,
+            pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
         )
         self.mean, self.std = (torch.tensor(data_config[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
@@ -148,7 +149,7 @@ class FractalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for sizes, draws, numbers in self.draws:
             pictures = (fractals.render(draws.to(self.device), self.side) - self.mean) / self.std
-            yield from zip(pictures.split(sizes), numbers.to(self.device).split(sizes), strict=True)
+            yield from zip(pictures.split(sizes), numbers.to(self.device, non_blocking=True).split(sizes), strict=True)
 
 
 @dataclass(frozen=True)
