@@ -450,7 +450,9 @@ def pretraining(folder: str) -> str:
     for path in sorted((ROOT / "docs" / "results" / folder / "pretraining").glob("*.csv")):
         epochs = read(str(path.relative_to(ROOT / "docs" / "results")))
         best = max(epochs, key=lambda row: float(row["top1"]))
-        rows.append([path.stem, f"{len(epochs) * TrainConfig.epoch_samples:,}", f"{float(best['top1']):.1f}"])
+        about = path.with_suffix(".json")  # not kept at first
+        seen = json.loads(about.read_text())["images_per_epoch"] if about.exists() else TrainConfig.epoch_samples
+        rows.append([path.stem, f"{len(epochs) * seen:,}", f"{float(best['top1']):.1f}"])
     return markdown(("run", "pictures", "top-1 on held-out fractals"), rows)
 
 

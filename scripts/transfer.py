@@ -173,7 +173,8 @@ def make_start(arm: str, records: Path) -> None:
             pass
     elif file is not None:
         save_weights(make_weights.start(Path(start)), file)
-        copy_file(Path(start) / "metrics.csv", records / f"{Path(start).name}.csv")
+        for kept, ending in (("metrics.csv", "csv"), ("environment.json", "json")):
+            copy_file(Path(start) / kept, records / f"{Path(start).name}.{ending}")
 
 
 def choose(source: Path, target: Path, shots: int, seed: int) -> None:

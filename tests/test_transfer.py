@@ -129,6 +129,7 @@ def pretrained(run: Path) -> torch.nn.Module:
         metrics={"top1": 1, "epoch": 1},
     )
     (run / "metrics.csv").write_text("epoch,top1\n1,1.0\n")
+    (run / "environment.json").write_text('{"images_per_epoch": 7}')
     return model
 
 
@@ -280,7 +281,8 @@ def test_each_arm_starts_as_it_says_and_is_compared_with_the_first(trained, caps
     }
     assert {row["data"] for row in run_proxies.read_csv(root / "out" / "two" / "runs.csv")} == {"two"}
     assert (root / "out" / "transfer.png").stat().st_size > 0
-    assert (root / "out" / "pretraining" / "resnet.csv").read_text() == (root / "resnet" / "metrics.csv").read_text()
+    for kept, of_run in (("resnet.csv", "metrics.csv"), ("resnet.json", "environment.json")):
+        assert (root / "out" / "pretraining" / kept).read_text() == (root / "resnet" / of_run).read_text()
     before = (root / "out" / "two" / "runs.csv").read_text()
     assert main(*ARMS) == 0
     assert len(commands) == 4 * 3
