@@ -80,21 +80,26 @@ class Transfer(Proxies):
     """The runs of one task."""
 
     def __init__(self, name: str, task: Task, args: argparse.Namespace) -> None:
-        self.task = task
+        self.task = replace(task, seeds=tuple(args.seeds)) if args.seeds else task
         settings = {"models": args.arms, "data": Path(name), "config": args.config, "settings": task.settings}
         folders = {"runs": args.runs, "out": args.out, "end": args.end}
-        super().__init__(SimpleNamespace(**settings, **folders, lr=args.lr, seeds=task.seeds))  # type: ignore[arg-type]
-        self.check_starts()
+        super().__init__(SimpleNamespace(**settings, **folders, lr=args.lr, seeds=self.task.seeds))  # type: ignore[arg-type]
+        self.starts = self.check_starts()
 
-    def check_starts(self) -> None:
-        """Note the files that the arms start from, and raise if runs of theirs began with other ones."""
+    def check_starts(self) -> dict[str, str]:
+        """Return digests of the files that the arms start from, and raise if runs of theirs began with other ones."""
         path = self.out / "starts.json"
-        noted = json.loads(path.read_text()) if path.exists() else {}
+        noted: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
         for arm in self.args.models:
             digest = start_digest(arm)
             if digest and noted.setdefault(arm, digest) != digest:
                 raise ValueError(f"{self.out}: its runs of {arm} began with other weights; remove them")
-        write_text(path, json.dumps(noted, indent=2) + "\n")
+        return noted
+
+    def run(self) -> bool:
+        """Note what the arms start from, and do what is missing."""
+        write_text(self.out / "starts.json", json.dumps(self.starts, indent=2) + "\n")
+        return super().run()
 
     @property
     def source(self) -> Path:
@@ -247,6 +252,7 @@ def main() -> int:
         help="DATA for all images of data/DATA, DATA-Nshot for N a class (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, help="in place of the two or three of each task")
     add_list_arguments(parser, runs="runs/transfer", out="docs/results/transfer")
     args = parser.parse_args()
     try:

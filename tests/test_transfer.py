@@ -347,12 +347,22 @@ def test_what_is_no_arm_is_said(trained, arm, capsys):
     ],
 )
 def test_what_cannot_be_done_is_said_before_any_training(trained, arguments, said, capsys):
-    main, commands, _ = trained
+    main, commands, root = trained
     assert main(*arguments) == 1
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
     assert not commands
+    assert not list(root.rglob("starts.json"))  # of runs that there are none of
+
+
+def test_other_seeds_are_taken(trained):
+    main, commands, root = trained
+    assert main(*ARMS[:2], "--seeds", "4", "0", "7", "--lr", "0.001") == 0
+    assert [next(part for part in command if part.startswith("seed=")) for command in commands] == [
+        f"seed={seed}" for _ in range(2) for seed in (4, 0, 7)
+    ]
+    assert [row["seeds"] for row in run_proxies.read_csv(root / "out" / "two" / "comparisons.csv")] == ["3"]
 
 
 def test_runs_that_began_with_other_weights_are_not_mixed(trained, capsys):
