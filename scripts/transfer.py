@@ -33,6 +33,8 @@ from glattn.models.weights import reading_checkpoint, save_weights
 from glattn.training.data import find_split
 from glattn.training.digits import write_digits
 
+PER_EPOCH = "images_per_epoch"  # of a run's environment.json
+
 
 @dataclass(frozen=True)
 class Task:
@@ -80,11 +82,11 @@ class Transfer(Proxies):
     """The runs of one task."""
 
     def __init__(self, name: str, task: Task, args: argparse.Namespace) -> None:
-        self.task = replace(task, seeds=tuple(args.seeds)) if args.seeds else task
+        self.task = task
         settings = {"models": args.arms, "data": Path(name), "config": args.config, "settings": task.settings}
         folders = {"runs": args.runs, "out": args.out, "end": args.end}
-        super().__init__(SimpleNamespace(**settings, **folders, lr=args.lr, seeds=self.task.seeds))  # type: ignore[arg-type]
-        self.starts = self.check_starts()
+        super().__init__(SimpleNamespace(**settings, **folders, lr=args.lr, seeds=args.seeds or task.seeds))  # type: ignore[arg-type]
+        self.check_starts()
 
     def check_starts(self) -> dict[str, str]:
         """Return digests of the files that the arms start from, and raise if runs of theirs began with other ones."""
@@ -98,7 +100,8 @@ class Transfer(Proxies):
 
     def run(self) -> bool:
         """Note what the arms start from, and do what is missing."""
-        write_text(self.out / "starts.json", json.dumps(self.starts, indent=2) + "\n")
+        starts = self.check_starts()  # again: another list may have noted others since
+        write_text(self.out / "starts.json", json.dumps(starts, indent=2) + "\n")
         return super().run()
 
     @property
@@ -178,8 +181,9 @@ def make_start(arm: str, records: Path) -> None:
             pass
     elif file is not None:
         save_weights(make_weights.start(Path(start)), file)
-        for kept, ending in (("metrics.csv", "csv"), ("environment.json", "json")):
-            copy_file(Path(start) / kept, records / f"{Path(start).name}.{ending}")
+        copy_file(Path(start) / "metrics.csv", records / f"{Path(start).name}.csv")
+        seen = {PER_EPOCH: json.loads((Path(start) / "environment.json").read_text())[PER_EPOCH]}
+        write_text(records / f"{Path(start).name}.json", json.dumps(seen) + "\n")
 
 
 def choose(source: Path, target: Path, shots: int, seed: int) -> None:

@@ -69,6 +69,33 @@ def test_the_game_is_played_as_by_hand(table):
                     assert found.tolist() == pytest.approx([x, y])
 
 
+@pytest.mark.parametrize("counts", [[1, 1, 1], [1, 2]])
+def test_what_is_random_is_drawn_as_by_hand(table, counts):
+    """One number after another, of a generator for each fractal: the pictures of a seed stay what they are."""
+    maps, seeds = [table[number] for number in (7, 0, 51)], [[0, 5, 11, 7], [0, 5, 11, 0], [1, 51]]
+    draws = fractals.Draws.of(maps, seeds, counts, side=32)
+    expanding = 0
+    for place, (rows, seed) in enumerate(zip(maps, seeds, strict=True)):
+        rng = np.random.default_rng(seed)
+        number, factor = rng.integers(len(rows)), rng.uniform(0.85, 1.05)
+        changed = rows.copy()
+        expanding += factor > 0.99 / np.linalg.norm(rows[number, :4].reshape(2, 2), 2)
+        changed[number, :4] *= min(factor, 0.99 / np.linalg.norm(rows[number, :4].reshape(2, 2), 2))
+        assert draws.maps[place, : len(rows)].tolist() == changed.astype(np.float32).tolist()
+        areas = np.maximum(np.abs(changed[:, 0] * changed[:, 3] - changed[:, 1] * changed[:, 2]), 0.01)
+        summed = np.cumsum(areas)
+        shares = (summed / summed[-1]).astype(np.float32)
+        steps = rng.random((fractals.SETTLING + fractals.STEPS, 64), dtype=np.float32)
+        assert draws.chosen[place].tolist() == (steps[..., None] >= shares).sum(-1).tolist()
+        least, largest, shift = (0.8, 1.6, 0.3) if place == 0 or len(counts) == 3 else (0.35, 1.0, 0.6)
+        pose = [rng.integers(8), rng.uniform(least, largest), *rng.uniform(-shift, shift, size=2)]
+        for drawn, expected in ((draws.pose, pose), (draws.colours, rng.uniform(size=(2, 3))),
+                                (draws.noise, rng.uniform(size=(4, 5, 5)))):  # fmt: skip
+            assert drawn[place].tolist() == np.float32(expected).tolist()
+        assert draws.mono[place] == rng.choice(3, p=(0.7, 0.15, 0.15))
+    assert expanding == 1  # and is held from it
+
+
 def test_a_picture_is_a_function_of_its_seed_and_of_no_other_picture():
     source = FractalSource.of(3000, fixed=False, side=48)
     together = source.draw([(5, 11), (5, 12), (1005, 11)], 48)

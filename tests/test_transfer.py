@@ -1,5 +1,6 @@
 """Transfer: which images each seed sees, how each arm starts, and what is written; the quick start's summary."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,7 +130,7 @@ def pretrained(run: Path) -> torch.nn.Module:
         metrics={"top1": 1, "epoch": 1},
     )
     (run / "metrics.csv").write_text("epoch,top1\n1,1.0\n")
-    (run / "environment.json").write_text('{"images_per_epoch": 7}')
+    (run / "environment.json").write_text('{"images_per_epoch": 7, "command": ["glattn"]}')
     return model
 
 
@@ -281,8 +282,8 @@ def test_each_arm_starts_as_it_says_and_is_compared_with_the_first(trained, caps
     }
     assert {row["data"] for row in run_proxies.read_csv(root / "out" / "two" / "runs.csv")} == {"two"}
     assert (root / "out" / "transfer.png").stat().st_size > 0
-    for kept, of_run in (("resnet.csv", "metrics.csv"), ("resnet.json", "environment.json")):
-        assert (root / "out" / "pretraining" / kept).read_text() == (root / "resnet" / of_run).read_text()
+    assert (root / "out" / "pretraining" / "resnet.csv").read_text() == (root / "resnet" / "metrics.csv").read_text()
+    assert json.loads((root / "out" / "pretraining" / "resnet.json").read_text()) == {"images_per_epoch": 7}
     before = (root / "out" / "two" / "runs.csv").read_text()
     assert main(*ARMS) == 0
     assert len(commands) == 4 * 3

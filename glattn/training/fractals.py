@@ -168,15 +168,16 @@ class Draws:
         """Draw for fractals of these systems, in pictures of ``side`` pixels."""
         chains = max(CHAINS * side**2 // 64**2, 16)
         crowded = [count > 1 for count in counts for _ in range(count)]
-        drawn: list[list[np.ndarray]] = [[] for _ in range(5)]
+        drawn: list[list[np.ndarray]] = [[] for _ in range(6)]
         uniform = np.empty((len(maps), SETTLING + STEPS, chains), np.float32)
         for own, rows, seed, among_others in zip(uniform, maps, seeds, crowded, strict=True):
             least, largest, shift = CROWDED if among_others else ALONE
             rng = np.random.default_rng(seed)
-            change = np.array([rng.integers(len(rows)), rng.uniform(0.85, 1.05)])
+            number, factor = rng.integers(len(rows)), rng.uniform(0.85, 1.05)
             rng.random(out=own, dtype=np.float32)
             values = (
-                change,
+                number,
+                factor,
                 np.array([rng.integers(8), rng.uniform(least, largest), *rng.uniform(-shift, shift, size=2)]),
                 rng.uniform(size=(2, 3)),
                 rng.uniform(size=(4, 5, 5)),
@@ -184,14 +185,14 @@ class Draws:
             )
             for column, value in zip(drawn, values, strict=True):
                 column.append(np.asarray(value))
-        changes, *others = (np.stack(column) for column in drawn)
-        padded, shares = systems(_changed(maps, changes[:, 0].astype(int), changes[:, 1]))
+        numbers, factors, *others = (np.stack(column) for column in drawn)
+        padded, shares = systems(_changed(maps, numbers, factors))
         chosen = torch.from_numpy(choose(shares, uniform))
         return cls(counts, torch.from_numpy(padded).float(), chosen, *(torch.from_numpy(a).float() for a in others))
 
     def to(self, device: torch.device) -> Draws:
-        """Return them on a device; pinned ones are copied while the host goes on."""
-        return self._each(lambda value: value.to(device, non_blocking=True))
+        """Return them on a device."""
+        return self._each(lambda value: moved(value, device))
 
     def pin_memory(self) -> Draws:
         """Return them in page-locked memory; torch's `DataLoader` calls this."""
@@ -231,17 +232,17 @@ def render(draws: Draws, side: int) -> Tensor:
     first, second = draws.colours[:, :, :, None, None].unbind(1)
     ink, ground = torch.lerp(first, second, smooth[:, 3:]), smooth[:, :3]
     start = np.cumsum([0, *draws.counts[:-1]])
-    own = _on(start, points)
-    mono = draws.mono[own][:, None, None, None]
-    picture = torch.where(mono == 0, ground[own], 2 - mono)
+    below = moved(torch.from_numpy(start), points.device)  # an array would be moved too, and waited for
+    mono = draws.mono[below][:, None, None, None]
+    picture = torch.where(mono == 0, ground[below], 2 - mono)
     for place in range(max(draws.counts)):
         shown = np.flatnonzero(np.greater(draws.counts, place))
-        has, fractal = _on(shown, points), _on(start[shown] + place, points)
+        has, fractal = (moved(torch.from_numpy(index), points.device) for index in (shown, start[shown] + place))
         colour = torch.where(mono[has] == 0, ink[fractal], mono[has] - 1)
         picture[has] = torch.lerp(picture[has], colour, figure[fractal])
     return picture
 
 
-def _on(index: np.ndarray, like: Tensor) -> Tensor:
-    """Return an index on a tensor's device; torch would wait for the device to take an array's."""
-    return torch.from_numpy(index).to(like.device, non_blocking=True)
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device: on CUDA without waiting for it, where what is moved may be freed at once."""
+    return value.to(device, non_blocking=device.type == "cuda")

@@ -149,7 +149,7 @@ class FractalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for sizes, draws, numbers in self.draws:
             pictures = (fractals.render(draws.to(self.device), self.side) - self.mean) / self.std
-            yield from zip(pictures.split(sizes), numbers.to(self.device, non_blocking=True).split(sizes), strict=True)
+            yield from zip(pictures.split(sizes), fractals.moved(numbers, self.device).split(sizes), strict=True)
 
 
 @dataclass(frozen=True)
