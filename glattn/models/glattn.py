@@ -309,7 +309,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 # variants whose weights the package carries; ``input_size`` stays the family's, though they saw 64 pixels a side
-_SHIPPED = {"glattn_atto": "fractal1k_64"}
+_SHIPPED = dict.fromkeys(("glattn_atto", "glattn_pico"), "fractal1k_64")
 
 
 def _variant_cfg(variant: str) -> tuple[str, dict[str, Any]]:
