@@ -16,7 +16,7 @@ import make_paths
 import timm
 from make_weights import chain
 from run_proxies import digest_of, unpack
-from transfer import TASKS, start_digest
+from transfer import PER_EPOCH, TASKS, start_digest
 
 from glattn.benchmark.contestant import split_options
 from glattn.benchmark.rows import places
@@ -46,6 +46,7 @@ DRAWINGS = {
 }
 CASES = ("infer 1", "infer 8", "train 8")  # of a benchmark, that tables of designs show
 CONVNEXT = (*CLASSES, "base", "large")
+GAINS = {"glattn_atto": "transfer", "glattn_pico": "transfer-pico"}  # by variant: where its weights' gain is measured
 
 
 def count(name: str) -> tuple[float, float]:
@@ -412,7 +413,7 @@ def ablation() -> str:
 
 
 def transferred(
-    folder: str = "transfer",
+    folder: str,
 ) -> tuple[dict[tuple[str, str], dict[str, str]], dict[tuple[str, str], list[dict[str, str]]]]:
     """Return what transfer.py found by task and arm: the comparison with the first one; the runs at the chosen rate.
 
@@ -450,9 +451,9 @@ def pretraining(folder: str) -> str:
     for path in sorted((ROOT / "docs" / "results" / folder / "pretraining").glob("*.csv")):
         epochs = read(str(path.relative_to(ROOT / "docs" / "results")))
         best = max(epochs, key=lambda row: float(row["top1"]))
-        about = path.with_suffix(".json")  # not kept at first
-        seen = json.loads(about.read_text())["images_per_epoch"] if about.exists() else TrainConfig.epoch_samples
-        rows.append([path.stem, f"{len(epochs) * seen:,}", f"{float(best['top1']):.1f}"])
+        noted = path.with_suffix(".json")  # not kept at first
+        per_epoch = json.loads(noted.read_text())[PER_EPOCH] if noted.exists() else TrainConfig.epoch_samples
+        rows.append([path.stem, f"{len(epochs) * per_epoch:,}", f"{float(best['top1']):.1f}"])
     return markdown(("run", "pictures", "top-1 on held-out fractals"), rows)
 
 
@@ -483,15 +484,16 @@ saw {seen:,} pictures:
 
 def when_it_helps(model: str, folder: Path) -> str:
     """Return, for a card, what a model gained by its weights on each task, and how they began."""
-    compared, arms = transferred()
+    measured = GAINS[model]
+    compared, arms = transferred(measured)
     rows, digest = [], start_digest(f"{model}:pretrained")
     for (task, other), row in sorted(compared.items(), key=lambda item: list(TASKS).index(item[0][0])):
         scratch, _, times = other.partition("*")
         if (row["model"], scratch) == (f"{model}:pretrained", f"{model}:scratch"):
-            starts = json.loads((ROOT / "docs" / "results" / "transfer" / task / "starts.json").read_text())
+            starts = json.loads((ROOT / "docs" / "results" / measured / task / "starts.json").read_text())
             if starts[row["model"]] != digest:
                 raise ValueError(
-                    f"docs/results/transfer/{task} is of other weights than the package's: transfer.py anew"
+                    f"docs/results/{measured}/{task} is of other weights than the package's: transfer.py anew"
                 )
             name = f"{task}, scratch {times} times as long" if times else task
             both = [arms[task, arm] for arm in (row["model"], other)]
@@ -503,20 +505,23 @@ def when_it_helps(model: str, folder: Path) -> str:
     head = ("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests", "gained by seed")
     table = markdown(head, rows)
     arm, (_, again) = f"{model}:pretrained", transferred("in-place/transfer")
-    since = ", ".join(f"{mean_top1(runs)}% on {task}" for (task, start), runs in again.items() if start == arm)
+    later = ", ".join(f"{mean_top1(runs)}% on {task}" for (task, start), runs in again.items() if start == arm)
+    moved = f"""
+The model's pooled maps were moved by up to half a stride since (`docs/results.md`); what stands below is by the code of
+the runs. By the map as it is now, and on another machine, the same fine-tuning gave {later}."""
+    longer = """ A gain
+below zero is a loss: trained from scratch for so long, a model ends above one that trained briefly from these weights.
+They save time, which pretraining has spent once for all."""
+    since, losses = moved if later else "", longer if any("times as long" in row[0] for row in rows) else ""
     return f"""They come with the package: `timm.create_model("{model}", pretrained=True)` needs no network. They saw
 pictures of 64 x 64 pixels; any other size works. After training, kernels in front of a batch norm were scaled down to
-the size of a new model's, which changes no output: rates that suit a new model suit these weights too. The model's
-pooled maps were moved by up to half a stride since (`docs/results.md`); what stands below is by the code of the runs.
-By the map as it is now, and on another machine, the same fine-tuning gave {since}.
+the size of a new model's, which changes no output: rates that suit a new model suit these weights too.{since}
 
 {started(folder)}## When it helps
 
 Top-1 after fine-tuning by one recipe, the rate chosen for each start (`scripts/transfer.py`, `docs/results.md`; of few
 shots, on up to 20 further images a class). Where the interval holds zero, no gain is shown; it is of resampled tests,
-and leaves out what another seed, or another choice of few images, would change: see the gains by seed. A gain below
-zero is a loss: trained from scratch for so long, a model ends above one that trained
-briefly from these weights. They save time, which pretraining has spent once for all.
+and leaves out what another seed, or another choice of few images, would change: see the gains by seed.{losses}
 
 {table}"""
 
@@ -553,7 +558,7 @@ def results() -> str:
         "choice": choice(),
         "widths": widths(),
         **{folder: searched(folder) for folder in ("designs", "slimmer")},
-        **{folder: transfer(folder) for folder in ("transfer", "transfer-peers")},
+        **{folder: transfer(folder) for folder in (*GAINS.values(), "transfer-peers")},
         "transfer-more": transfer("in-place/transfer"),
         "pretraining": pretraining("transfer-peers"),
     }
