@@ -182,8 +182,8 @@ def make_start(arm: str, records: Path) -> None:
     elif file is not None:
         save_weights(make_weights.start(Path(start)), file)
         copy_file(Path(start) / "metrics.csv", records / f"{Path(start).name}.csv")
-        seen = {PER_EPOCH: json.loads((Path(start) / "environment.json").read_text())[PER_EPOCH]}
-        write_text(records / f"{Path(start).name}.json", json.dumps(seen) + "\n")
+        if per_epoch := json.loads((Path(start) / "environment.json").read_text()).get(PER_EPOCH):  # once not noted
+            write_text(records / f"{Path(start).name}.json", json.dumps({PER_EPOCH: per_epoch}) + "\n")
 
 
 def choose(source: Path, target: Path, shots: int, seed: int) -> None:
