@@ -13,7 +13,7 @@ from collections.abc import Sequence
 # subcommand -> (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("glattn.training.command", "Train or fine-tune a model on a folder of images."),
-    "pretrain": ("glattn.training.pretrain", "Train a model from scratch on fractals, drawn on the fly."),
+    "pretrain": ("glattn.training.pretrain", "Train a model on pictures made by formula, drawn on the fly."),
     "check-data": ("glattn.training.check", "Find what is wrong with a folder of images."),
     "predict": ("glattn.training.predict", "Name what is in images, and draw what the model looked at."),
     "validate": ("glattn.training.validate", "Measure a checkpoint on a folder of images: accuracy, loss, ECE, speed."),

@@ -24,8 +24,7 @@ import glattn
 from glattn.benchmark.folding import observe
 from glattn.files import copy_file, replacing, write_text
 from glattn.models.weights import save_weights
-from glattn.training.fractals import HELD_OUT
-from glattn.training.pretrain import FractalSource
+from glattn.training.pretrain import HELD_OUT, FormulaSource
 from glattn.training.validation import predict_source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +92,7 @@ def check_begins(runs: Sequence[Path]) -> None:
 
 def measure(model: nn.Module) -> dict[str, Any]:
     """Return what a model knows of the held-out fractals."""
-    source = FractalSource.of(HELD_OUT, fixed=True, side=64)
+    source = FormulaSource.of("fractals", HELD_OUT, fixed=True, side=64)
     config = {**timm.data.resolve_model_data_config(model), "input_size": (3, 64, 64)}
     device = torch.device("cpu")
     return predict_source(model.eval(), source, config, batch_size=100, workers=0, device=device).metrics()

@@ -16,7 +16,7 @@ from glattn.benchmark.contestant import capture
 from glattn.cli import main
 from glattn.layers import TABLES
 from glattn.layers.conv2d import Pointwise
-from glattn.training import fractals, pretrain
+from glattn.training import pretrain
 from glattn.training.batches import TrainingBatches
 from glattn.training.digits import write_digits
 
@@ -151,14 +151,15 @@ def test_digits_are_learnt_and_a_run_goes_on(tmp_path, monkeypatch, capsys, prec
 
 
 @pytest.mark.parametrize("instances", [1, 3])
-def test_fractals_are_those_of_the_cpu_whoever_draws(monkeypatch, instances):
+@pytest.mark.parametrize("dataset", pretrain.FORMULAS)
+def test_pictures_are_those_of_the_cpu_whoever_draws(monkeypatch, dataset, instances):
     monkeypatch.setattr(pretrain, "_AT_ONCE", 120 * instances)
-    source = pretrain.FractalSource.of(1000, fixed=False, side=64, instances=instances)
+    source = pretrain.FormulaSource.of(dataset, 1000, fixed=False, side=64, instances=instances)
     config = {"input_size": (3, 64, 64), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}
     seen = []
     for device, workers in ((torch.device("cpu"), 0), (GPU, 0), (GPU, 3)):
         batches, found = TrainingBatches(1000, 50, seed=1), []
-        loader = pretrain.FractalLoader(source, batches, config, workers=workers, device=device)
+        loader = pretrain.FormulaLoader(source, batches, config, workers=workers, device=device)
         for batches.epoch in range(2):
             found += [(pictures.cpu(), numbers.cpu()) for pictures, numbers in loader]
         assert len(found) == 40
@@ -171,7 +172,7 @@ def test_fractals_are_those_of_the_cpu_whoever_draws(monkeypatch, instances):
 
 
 def test_pretraining_learns(tmp_path, monkeypatch):
-    monkeypatch.setattr(fractals, "HELD_OUT", 100)
+    monkeypatch.setattr(pretrain, "HELD_OUT", 100)
     options = ["model=test_glattn", "tracker=none", "precision=bf16", "workers=2", "epoch_samples=5000"]
     assert main(["pretrain", "--samples", "10000", "--run", str(tmp_path / "run"), *options]) == 0
     with open(tmp_path / "run" / "metrics.csv") as file:

@@ -12,10 +12,11 @@ from glattn.cli import main
 from glattn.training import fractals, pretrain
 from glattn.training.augment import even_shares
 from glattn.training.batches import TrainingBatches
-from glattn.training.pretrain import FractalSource
+from glattn.training.pretrain import FormulaSource
 
 TINY = ("model=test_glattn", "image_size=32", "batch_size=32", "tracker=none", "device=cpu", "workers=0")
 FEW = (*TINY, "epoch_samples=128")
+EVERY = pytest.mark.parametrize("dataset", pretrain.FORMULAS)
 
 
 @pytest.fixture(scope="module")
@@ -96,23 +97,25 @@ def test_what_is_random_is_drawn_as_by_hand(table, counts):
     assert expanding == 1  # and is held from it
 
 
-def test_a_picture_is_a_function_of_its_seed_and_of_no_other_picture():
-    source = FractalSource.of(3000, fixed=False, side=48)
+@EVERY
+def test_a_picture_is_a_function_of_its_seed_and_of_no_other_picture(dataset):
+    source = FormulaSource.of(dataset, 3000, fixed=False, side=48)
     together = source.draw([(5, 11), (5, 12), (1005, 11)], 48)
     assert together.shape == (3, 3, 48, 48)
     assert 0 <= together.min() < together.max() <= 1
     for place, picture in zip([(5, 11), (5, 12), (1005, 11)], together, strict=True):
         assert torch.equal(source.draw([place], 48)[0], picture)
     assert not torch.equal(together[0], together[1])
-    fixed = FractalSource.of(3000, fixed=True, side=48)
+    fixed = FormulaSource.of(dataset, 3000, fixed=True, side=48)
     assert torch.equal(fixed.draw([(5, 11)], 48), fixed.draw([(5, 12)], 48))
     assert not torch.equal(fixed.draw([(5, 11)], 48), source.draw([(5, 11)], 48))
     image, target = fixed.read(1005)
     assert (image.size, target) == ((48, 48), 5)
 
 
-def test_a_picture_of_several_fractals_is_of_their_classes_and_seeds_alone():
-    source = FractalSource.of(1000, fixed=False, side=48, instances=4)
+@EVERY
+def test_a_picture_of_several_classes_is_of_them_and_their_seeds_alone(dataset):
+    source = FormulaSource.of(dataset, 1000, fixed=False, side=48, instances=4)
     places = [(5, seed) for seed in range(40)]
     shown = [source.classes(*place) for place in places]
     assert {len(classes) for classes in shown} == {1, 2, 3, 4}
@@ -148,17 +151,18 @@ def test_fractals_are_drawn_one_over_the_other(table):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_accelerator_is_given_the_same_draws_several_batches_at_once(monkeypatch, workers):
+@EVERY
+def test_an_accelerator_is_given_the_same_draws_several_batches_at_once(monkeypatch, dataset, workers):
     monkeypatch.setattr(pretrain, "_AT_ONCE", 3)  # of 64 x 64 pixels: 24 pictures of 16 x 16, two fractals each
-    source = FractalSource.of(100, fixed=False, side=16, instances=2)
+    source = FormulaSource.of(dataset, 100, fixed=False, side=16, instances=2)
     batches = TrainingBatches(100, 10, seed=1)
     config = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3}
-    loader = pretrain.FractalLoader(source, batches, config, workers=workers, device=torch.device("meta"))
+    loader = pretrain.FormulaLoader(source, batches, config, workers=workers, device=torch.device("meta"))
     for batches.epoch in range(2):
         groups = list(loader.draws)
         assert [sizes for sizes, _, _ in groups] == [[10] * 3] * 3 + [[10]]
         places = [place for batch in batches for place in batch]
-        pictures = torch.cat([fractals.render(draws, 16) for _, draws, _ in groups])
+        pictures = torch.cat([source.formula.render(draws, 16) for _, draws, _ in groups])
         assert torch.equal(pictures, source.draw(places, 16))
         assert torch.equal(torch.cat([numbers for _, _, numbers in groups]), source.numbers(places))
 
@@ -170,7 +174,7 @@ def test_targets_are_even_over_the_classes_of_a_picture():
 
 
 def test_pictures_show_figures_of_every_kind():
-    source = FractalSource.of(1000, fixed=True, side=64)
+    source = FormulaSource.of("fractals", 1000, fixed=True, side=64)
     pictures = source.draw([(number, 0) for number in range(0, 1000, 5)], 64)
     assert torch.isfinite(pictures).all()
     grey = (pictures.amax(1) - pictures.amin(1)).flatten(1).amax(1) < 1e-6
@@ -186,7 +190,7 @@ def test_pictures_show_figures_of_every_kind():
 
 @pytest.fixture
 def _short(monkeypatch):
-    monkeypatch.setattr(fractals, "HELD_OUT", 64)
+    monkeypatch.setattr(pretrain, "HELD_OUT", 64)
 
 
 @pytest.mark.usefixtures("_short")
@@ -212,13 +216,15 @@ def test_a_run_that_is_cut_and_resumed_ends_as_one_that_is_not(tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("_short")
-def test_a_run_on_several_fractals_goes_on_from_one_on_single_ones(tmp_path, monkeypatch):
+@EVERY
+def test_a_run_on_several_classes_goes_on_from_one_on_single_fractals(tmp_path, monkeypatch, dataset):
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(["pretrain", "--samples", "128", "--run", str(first), *FEW]) == 0
     asked, spread = [], even_shares
     monkeypatch.setattr("glattn.training.augment.even_shares", lambda *a: asked.append(spread(*a)) or asked[-1])
     start = f"checkpoint={first / 'best' / 'model.safetensors'}"
-    arguments = ["pretrain", "--samples", "128", "--run", str(second), *FEW, start, "instances=3", "lr=1e-9"]
+    arguments = ["pretrain", "--samples", "128", "--run", str(second), *FEW, start, f"dataset={dataset}"]
+    arguments += ["instances=3", "lr=1e-9"]
     assert main(arguments) == 0
     states = [load_file(run / "best" / "model.safetensors") for run in (first, second)]
     torch.testing.assert_close(states[0]["head.fc.weight"], states[1]["head.fc.weight"], atol=1e-4, rtol=0)
@@ -263,5 +269,5 @@ def test_a_key_that_is_no_option_is_said_how_to_write(capsys):
 def test_a_recipe_of_other_images_is_refused(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(f"dataset: digits\ndata: {tmp_path / 'digits'}\n")
     assert main(["pretrain", "--config", str(tmp_path / "recipe.yaml"), "--run", str(tmp_path / "run"), *TINY]) == 1
-    assert "dataset='digits': glattn pretrain draws fractals" in capsys.readouterr().err
+    assert "dataset='digits': glattn pretrain draws fractals or contours" in capsys.readouterr().err
     assert not (tmp_path / "digits").exists()

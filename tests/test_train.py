@@ -367,7 +367,7 @@ MISTAKES = {
     "dataset=hfds": "dataset='hfds'",
     "dataset=torch/cifar10 data=": "dataset='torch/cifar10' needs data=FOLDER",
     "loss=bce label_smoothing=1": "label_smoothing=1: loss=bce takes less than 1",
-    "epoch_samples=5": "epoch_samples=5: only fractals",
+    "epoch_samples=5": "epoch_samples=5: only pictures of dataset=fractals or dataset=contours",
 }
 
 

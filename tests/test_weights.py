@@ -20,7 +20,7 @@ from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.weights import HUB, check_digest, source_overlay
 from glattn.training.classifier import open_checkpoint
 from glattn.training.config import TrainConfig, read_recipe
-from glattn.training.pretrain import FractalSource
+from glattn.training.pretrain import FormulaSource
 
 ROOT = Path(__file__).resolve().parents[1]
 TAG = "fractal1k_64"
@@ -116,7 +116,7 @@ def test_no_rate_is_too_low_for_them(variant):
 @SHIPPED
 def test_they_know_fractals_that_they_have_not_seen(variant):
     model = timm.create_model(variant, pretrained=True).eval()
-    source = FractalSource.of(400, fixed=True, side=64)
+    source = FormulaSource.of("fractals", 400, fixed=True, side=64)
     config = {**timm.data.resolve_model_data_config(model), "input_size": (3, 64, 64)}
     (pictures, places), *_ = source.loader(
         [[(i, 0) for i in range(400)]], config, workers=0, device=torch.device("cpu")
@@ -225,7 +225,7 @@ def test_an_overlays_source_is_the_only_one(given, cleared):
 
 def test_a_classifier_of_theirs_names_fractals():
     names = open_checkpoint("glattn_atto").class_names
-    assert names == FractalSource.of(1, fixed=True, side=64).class_names
+    assert names == FormulaSource.of("fractals", 1, fixed=True, side=64).class_names
 
 
 def test_other_weights_carry_no_names_of_fractals(tmp_path):

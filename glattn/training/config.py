@@ -15,6 +15,7 @@ import yaml
 from glattn.config import did_you_mean
 from glattn.files import one_line, user_path
 
+DRAWN = ("fractals", "contours")  # datasets whose pictures are made by formula, see `pretrain`
 OF_TEACHER = ("teacher_checkpoint", "distill", "distill_weight", "distill_temperature")
 NO_DEFAULTS: Mapping[str, Any] = types.MappingProxyType({})
 
@@ -33,19 +34,19 @@ class TrainConfig:
     dataset: str = option(
         "",
         "empty: an image folder or a .tar; digits: scikit-learn's, written to the folder data where it is not there; "
-        "fractals: drawn as they are asked for, see glattn pretrain; "
+        "fractals or contours: drawn as they are asked for, see glattn pretrain; "
         "or a timm dataset name (hfds/NAME, torch/cifar10, ...)",
     )
     train_split: str = option("train", "name of the training split")
     val_split: str = option("validation", "name of the validation split (a folder val/ or validation/)")
-    epoch_samples: int = option(50_000, "with dataset=fractals: training pictures of an epoch")
-    instances: int = option(1, "with dataset=fractals: a training picture shows 1 to so many fractals")
+    epoch_samples: int = option(50_000, "of fractals or contours: training pictures of an epoch")
+    instances: int = option(1, "of fractals or contours: a training picture shows 1 to so many classes")
     val_fraction: float = option(0.2, "share held out, stratified and seeded, where there is no validation split")
     partial_val: bool = option(False, "allow classes without validation images")
     bad_images: Literal["skip", "refuse"] = option(
         "skip", "unreadable images: skip (counted and listed) or refuse (all are read before training starts)"
     )
-    workers: int = option(2, "processes that load images, or draw fractals for a GPU, for each training process")
+    workers: int = option(2, "processes that load images, or draw by formula for a GPU, for each training process")
 
     # model
     model: str = option("glattn_atto", "timm model name, hf-hub:ORG/NAME or local-dir:PATH")
@@ -142,12 +143,11 @@ class TrainConfig:
             raise ValueError("label_smoothing=1: loss=bce takes less than 1")
         if self.resume not in ("", "auto"):
             raise ValueError(f"resume={self.resume!r}: allowed is 'auto' or nothing")
-        if self.instances > 1 and self.dataset != "fractals":
-            raise ValueError(f"instances={self.instances}: only pictures of dataset=fractals show several classes")
-        if self.epoch_samples != type(self).epoch_samples and self.dataset != "fractals":
-            raise ValueError(
-                f"epoch_samples={self.epoch_samples}: only fractals, dataset=fractals, are as many as asked"
-            )
+        kinds = " or ".join(f"dataset={name}" for name in DRAWN)
+        if self.instances > 1 and self.dataset not in DRAWN:
+            raise ValueError(f"instances={self.instances}: only pictures of {kinds} show several classes")
+        if self.epoch_samples != type(self).epoch_samples and self.dataset not in DRAWN:
+            raise ValueError(f"epoch_samples={self.epoch_samples}: only pictures of {kinds} are as many as asked")
         if not self.teacher:
             for name in OF_TEACHER:
                 if getattr(self, name) != getattr(type(self), name):

@@ -8,7 +8,7 @@ import numpy as np
 from timm.data import create_dataset
 
 from glattn.files import one_line, user_path
-from glattn.training.config import TrainConfig
+from glattn.training.config import DRAWN, TrainConfig
 from glattn.training.digits import write_digits
 from glattn.training.image_folder import open_folder
 from glattn.training.source import Source, split_source
@@ -23,10 +23,10 @@ def open_sources(config: TrainConfig) -> tuple[Source, Source]:
         ValueError: One class only, an empty class, or classes that differ between the splits.
         FileNotFoundError: There is no such folder.
     """
-    if config.dataset == "fractals":
-        from glattn.training.pretrain import open_fractals
+    if config.dataset in DRAWN:
+        from glattn.training.pretrain import open_formula
 
-        return open_fractals(config)
+        return open_formula(config)
     root = user_path(config.data)
     if config.dataset in ("", "digits"):
         if not config.data:

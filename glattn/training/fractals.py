@@ -24,7 +24,6 @@ from glattn.files import gzipped
 
 TABLE = "fractals1k.csv.gz"
 CLASSES, MOST_MAPS = 1000, 4
-HELD_OUT = 2_000  # validation images: two a class, the same every time
 SETTLING, STEPS = 12, 16  # steps of a walk before its points count, and that count
 CHAINS = 256  # walks at once, for 64 x 64 pixels: 4096 points; as many a pixel at other sizes
 ALONE, CROWDED = (0.8, 1.6, 0.3), (0.35, 1.0, 0.6)  # least and largest scale, largest shift: half a picture's side is 1

@@ -1,10 +1,14 @@
-"""``glattn pretrain``: train a model from scratch on fractals, drawn as they are asked for (see `fractals`)."""
+"""``glattn pretrain``: train a model on pictures made by formula, drawn as they are asked for.
+
+See `fractals` and `contours`.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,41 +17,45 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from glattn.training import command, fractals
+from glattn.training import command, contours, fractals
 from glattn.training.batches import make_transform
-from glattn.training.config import TrainConfig
+from glattn.training.config import DRAWN, TrainConfig
 from glattn.training.source import Source
 
 # over the defaults of `TrainConfig`, under a recipe's file; the batch divides an epoch, which drops what is left over
 RECIPE = {"dataset": "fractals", "image_size": 64, "epochs": 40, "batch_size": 125, "lr": 0.002}
-_AT_ONCE = 1000  # fractals of 64 x 64 pixels that an accelerator renders at once, if batches are smaller
+_AT_ONCE = 1000  # figures of 64 x 64 pixels that an accelerator renders at once, if batches are smaller
+HELD_OUT = 2_000  # validation images: two a class, the same every time
+FORMULAS = dict(zip(DRAWN, (fractals, contours), strict=True))
 
 
 @dataclass(frozen=True)
-class FractalSource(Source):
-    """Pictures of the table's classes in turn, each drawn when it is asked for.
+class FormulaSource(Source):
+    """Pictures of a table's classes in turn, each drawn when it is asked for.
 
     Args:
-        maps: The system of each class.
+        formula: The module that draws them.
+        table: What it draws of each class.
         fixed: Draw picture ``i`` always the same, as for validation, and not by the seed that comes with it.
-        instances: Fractals in a picture at most.
+        instances: Fractals, or scenes, in a picture at most.
         side: Side of the pictures that `read` gives, in pixels.
     """
 
-    maps: tuple[np.ndarray, ...]
+    formula: ModuleType
+    table: tuple[Any, ...]
     fixed: bool
     instances: int
     side: int
 
     @classmethod
-    def of(cls, count: int, *, fixed: bool, side: int, instances: int = 1) -> FractalSource:
+    def of(cls, dataset: str, count: int, *, fixed: bool, side: int, instances: int = 1) -> FormulaSource:
         """Return this many pictures."""
-        maps = tuple(fractals.read_table())
+        table = tuple(FORMULAS[dataset].read_table())
         numbers = np.arange(count)
-        names = tuple(f"fractal{number:04d}" for number in range(len(maps)))
-        return cls(None, numbers, numbers % len(maps), names, maps, fixed, instances, side)
+        names = tuple(f"{dataset.removesuffix('s')}{number:04d}" for number in range(len(table)))
+        return cls(None, numbers, numbers % len(table), names, FORMULAS[dataset], table, fixed, instances, side)
 
-    def draws(self, places: Sequence[tuple[int, int]], side: int) -> fractals.Draws:
+    def draws(self, places: Sequence[tuple[int, int]], side: int) -> Any:
         """Return what is random of the pictures of some (index, seed) pairs."""
         shown = [self.classes(*place) for place in places]
         seeds = [
@@ -55,13 +63,13 @@ class FractalSource(Source):
             for (i, seed), classes in zip(places, shown, strict=True)
             for number in range(len(classes))
         ]
-        maps = [self.maps[number] for classes in shown for number in classes]
-        counts = [len(classes) for classes in shown]
-        return fractals.Draws.of(maps, seeds, counts, side=side)
+        rows = [self.table[number] for classes in shown for number in classes]
+        return self.formula.Draws.of(rows, seeds, [len(classes) for classes in shown], side=side)
 
     def draw(self, places: Sequence[tuple[int, int]], side: int) -> Tensor:
         """Return the pictures of some (index, seed) pairs, ``(B, 3, side, side)`` in [0, 1]."""
-        return fractals.render(self.draws(places, side), side)
+        pictures: Tensor = self.formula.render(self.draws(places, side), side)
+        return pictures
 
     def numbers(self, places: Sequence[tuple[int, int]]) -> Tensor:
         """Return [class, asked, given, further classes or -1] of some (index, seed) pairs."""
@@ -77,7 +85,7 @@ class FractalSource(Source):
         if self.instances == 1:
             return [own]
         rng = np.random.default_rng([2, index, 0 if self.fixed else seed])
-        others = rng.choice(len(self.maps) - 1, rng.integers(self.instances), replace=False)
+        others = rng.choice(len(self.table) - 1, rng.integers(self.instances), replace=False)
         return [own, *(int(number + (number >= own)) for number in others)]
 
     def read(self, index: int) -> tuple[Image.Image, int]:
@@ -90,27 +98,27 @@ class FractalSource(Source):
         batches: Iterable[list[tuple[int, int]]],
         data_config: dict[str, Any],
         **options: Any,
-    ) -> FractalLoader:
+    ) -> FormulaLoader:
         """Return a loader that renders on the device; there is nothing to read, to replace or to augment."""
         shared = {key: options.pop(key) for key in ("workers", "device")}
         options.pop("replace", None)
         make_transform(data_config, **options)  # what is unknown is refused all the same
-        return FractalLoader(self, batches, data_config, **shared)
+        return FormulaLoader(self, batches, data_config, **shared)
 
 
 @dataclass(frozen=True)
-class _DrawnBatches(Dataset[tuple[list[int], fractals.Draws, Tensor]]):
+class _DrawnBatches(Dataset[tuple[list[int], Any, Tensor]]):
     """What is random of some batches together, and how many pictures each has, by their (index, seed) pairs."""
 
-    source: FractalSource
+    source: FormulaSource
     side: int
 
-    def __getitem__(self, batches: list[list[tuple[int, int]]]) -> tuple[list[int], fractals.Draws, Tensor]:
+    def __getitem__(self, batches: list[list[tuple[int, int]]]) -> tuple[list[int], Any, Tensor]:
         places = [place for batch in batches for place in batch]
         return [len(batch) for batch in batches], self.source.draws(places, self.side), self.source.numbers(places)
 
 
-class FractalLoader:
+class FormulaLoader:
     """Normalised (pictures, [class, asked, given, further classes or -1]), a batch at a time.
 
     An accelerator renders several batches at once: a walk is many small steps, of which one batch would leave it idle.
@@ -125,14 +133,14 @@ class FractalLoader:
 
     def __init__(
         self,
-        source: FractalSource,
+        source: FormulaSource,
         batches: Iterable[list[tuple[int, int]]],
         data_config: dict[str, Any],
         *,
         workers: int,
         device: torch.device,
     ) -> None:
-        self.side, self.device = int(data_config["input_size"][-1]), device
+        self.formula, self.side, self.device = source.formula, int(data_config["input_size"][-1]), device
         at_once = _AT_ONCE * 64**2 // (self.side**2 * source.instances)
         if device.type == "cpu":
             workers, at_once = 0, 1
@@ -148,7 +156,7 @@ class FractalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for sizes, draws, numbers in self.draws:
-            pictures = (fractals.render(draws.to(self.device), self.side) - self.mean) / self.std
+            pictures = (self.formula.render(draws.to(self.device), self.side) - self.mean) / self.std
             yield from zip(pictures.split(sizes), fractals.moved(numbers, self.device).split(sizes), strict=True)
 
 
@@ -170,21 +178,24 @@ class _Groups:
             yield group
 
 
-def open_fractals(config: TrainConfig) -> tuple[FractalSource, FractalSource]:
+def open_formula(config: TrainConfig) -> tuple[FormulaSource, FormulaSource]:
     """Return an epoch's training pictures, new ones in every epoch, and those to validate on, always the same.
 
     Raises:
         ValueError: Images are given too, or no size; or a loss or mixing that takes one class a picture.
     """
     if config.data:
-        raise ValueError(f"data={config.data!r} with dataset=fractals: fractals are drawn, not read; leave data out")
+        raise ValueError(
+            f"data={config.data!r} with dataset={config.dataset}: they are drawn, not read; leave data out"
+        )
     if config.image_size is None:
-        raise ValueError("dataset=fractals needs a size to draw at, such as image_size=64")
+        raise ValueError(f"dataset={config.dataset} needs a size to draw at, such as image_size=64")
     if config.instances > 1 and (config.loss != "cross_entropy" or config.mixup or config.cutmix):
         raise ValueError(f"instances={config.instances} needs loss=cross_entropy, mixup=0 and cutmix=0")
+    epoch = config.epoch_samples
     return (
-        FractalSource.of(config.epoch_samples, fixed=False, side=config.image_size, instances=config.instances),
-        FractalSource.of(fractals.HELD_OUT, fixed=True, side=config.image_size),
+        FormulaSource.of(config.dataset, epoch, fixed=False, side=config.image_size, instances=config.instances),
+        FormulaSource.of(config.dataset, HELD_OUT, fixed=True, side=config.image_size),
     )
 
 
@@ -203,9 +214,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pretrain."""
     config = command.resolve(args, RECIPE)
-    if config.dataset != "fractals":
+    if config.dataset not in FORMULAS:
+        kinds = " or ".join(FORMULAS)
         raise ValueError(
-            f"dataset={config.dataset!r}: glattn pretrain draws fractals; `glattn train` takes other images"
+            f"dataset={config.dataset!r}: glattn pretrain draws {kinds}; `glattn train` takes other images"
         )
     if args.samples is None:
         return command.run(args, RECIPE)
