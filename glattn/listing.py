@@ -19,7 +19,7 @@ class Member:
         params: Parameters.
         macs: Multiply-adds of one image of the default size, attention's among them.
         size: Default image size: height and width in pixels.
-        weights: Tags of weights that ``pretrained=True`` can load.
+        weights: Tags of weights that ``pretrained=True`` can load, the one that it does without a tag first.
     """
 
     name: str
@@ -40,13 +40,14 @@ def describe(name: str, **options: Any) -> Member:
     with torch.device("meta"):
         model = timm.create_model(name, **options).eval()
     channels, height, width = resolve_model_data_config(model)["input_size"]
-    tagged = timm.list_models(f"{name}.*", pretrained=True, include_tags=True)
+    tags = [tag.partition(".")[2] for tag in timm.list_models(f"{name}.*", pretrained=True, include_tags=True)]
+    default = timm.get_pretrained_cfg(name)
     return Member(
         name=name,
         params=sum(parameter.numel() for parameter in model.parameters()),
         macs=count_macs(model, (1, channels, height, width)),
         size=(height, width),
-        weights=tuple(tag.partition(".")[2] for tag in tagged),
+        weights=tuple(sorted(tags, key=lambda tag: default is None or tag != default.tag)),
     )
 
 

@@ -14,11 +14,9 @@ from torchvision.utils import make_grid
 
 from glattn.figures import save_figure
 from glattn.files import replacing
-from glattn.training import contours, fractals
 from glattn.training.pretrain import FORMULAS, FormulaSource
 
 ROOT = Path(__file__).resolve().parents[1]
-MAKERS = {"fractals": fractals.make_system, "contours": contours.make_scene}
 ROWS, COLUMNS = 5, 12  # columns: one class each; rows: pictures of it
 
 
@@ -44,7 +42,7 @@ def main() -> int:
         for dataset in args.datasets:
             formula = FORMULAS[dataset]
             with Pool() as pool:
-                table = pool.map(MAKERS[dataset], range(formula.CLASSES), chunksize=25)
+                table = pool.map(formula.make_class, range(formula.CLASSES), chunksize=25)
             with replacing(args.tables / formula.TABLE) as temporary:
                 temporary.write_bytes(formula.pack(table))
             sheet(dataset, args.sheets / f"{dataset}.png")

@@ -46,7 +46,11 @@ DRAWINGS = {
 }
 CASES = ("infer 1", "infer 8", "train 8")  # of a benchmark, that tables of designs show
 CONVNEXT = (*CLASSES, "base", "large")
-GAINS = {"glattn_atto": "transfer", "glattn_pico": "transfer-pico"}  # by variant: where its weights' gain is measured
+GAINS = {  # by name: where the weights' gain is measured
+    "glattn_atto.fractal1k_64": "transfer",
+    "glattn_atto.fractal1k_ft_contour1k_64": "transfer-contours",
+    "glattn_pico.fractal1k_64": "transfer-pico",
+}
 
 
 def count(name: str) -> tuple[float, float]:
@@ -83,7 +87,7 @@ def mean_top1(runs: Sequence[dict[str, str]]) -> str:
 def in_place() -> str:
     """Return atto's runs before and since its pooled maps lie over the cells that they pool, seed by seed."""
     arms = [(task, "glattn_atto", "scratch") for task in ("icons100", "emoji")]
-    arms += [(f"transfer/{task}", "glattn_atto:pretrained", "pretrained") for task in TASKS]
+    arms += [(f"transfer/{task}", "glattn_atto.fractal1k_64:pretrained", "pretrained") for task in TASKS]
     rows = []
     for folder, model, start in arms:
         path = f"in-place/{folder}"
@@ -454,7 +458,7 @@ def pretraining(folder: str) -> str:
         noted = path.with_suffix(".json")  # not kept at first
         per_epoch = json.loads(noted.read_text())[PER_EPOCH] if noted.exists() else TrainConfig.epoch_samples
         rows.append([path.stem, f"{len(epochs) * per_epoch:,}", f"{float(best['top1']):.1f}"])
-    return markdown(("run", "pictures", "top-1 on held-out fractals"), rows)
+    return markdown(("run", "pictures", "top-1 on held-out ones"), rows)
 
 
 def started(folder: Path) -> str:
@@ -482,29 +486,29 @@ saw {seen:,} pictures:
 """
 
 
-def when_it_helps(model: str, folder: Path) -> str:
-    """Return, for a card, what a model gained by its weights on each task, and how they began."""
-    measured = GAINS[model]
+def when_it_helps(name: str, folder: Path) -> str:
+    """Return, for a card, what a model gained by its weights, ``VARIANT.TAG``, on each task, and how they began."""
+    model, arm, measured = name.partition(".")[0], f"{name}:pretrained", GAINS[name]
     compared, arms = transferred(measured)
-    rows, digest = [], start_digest(f"{model}:pretrained")
+    rows, digest = [], start_digest(arm)
     for (task, other), row in sorted(compared.items(), key=lambda item: list(TASKS).index(item[0][0])):
         scratch, _, times = other.partition("*")
-        if (row["model"], scratch) == (f"{model}:pretrained", f"{model}:scratch"):
+        if (row["model"], scratch) == (arm, f"{model}:scratch"):
             starts = json.loads((ROOT / "docs" / "results" / measured / task / "starts.json").read_text())
             if starts[row["model"]] != digest:
                 raise ValueError(
                     f"docs/results/{measured}/{task} is of other weights than the package's: transfer.py anew"
                 )
-            name = f"{task}, scratch {times} times as long" if times else task
-            both = [arms[task, arm] for arm in (row["model"], other)]
+            shown = f"{task}, scratch {times} times as long" if times else task
+            both = [arms[task, one] for one in (arm, other)]
             tests = [{run["seed"]: float(run["test_top1"]) for run in runs} for runs in both]
             seeds = sorted(tests[0].keys() & tests[1].keys())  # which the gain is of
             means = [mean_top1([run for run in runs if run["seed"] in seeds]) for runs in both]
             by_seed = ", ".join(f"{tests[0][seed] - tests[1][seed]:+.1f}" for seed in seeds)
-            rows.append([name, *means, *difference(row)[:2], by_seed])
+            rows.append([shown, *means, *difference(row)[:2], by_seed])
     head = ("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests", "gained by seed")
     table = markdown(head, rows)
-    arm, (_, again) = f"{model}:pretrained", transferred("in-place/transfer")
+    _, again = transferred("in-place/transfer")
     later = ", ".join(f"{mean_top1(runs)}% on {task}" for (task, start), runs in again.items() if start == arm)
     moved = f"""
 The model's pooled maps were moved by up to half a stride since (`docs/results.md`); what stands below is by the code of
@@ -513,7 +517,9 @@ the runs. By the map as it is now, and on another machine, the same fine-tuning 
 below zero is a loss: trained from scratch for so long, a model ends above one that trained briefly from these weights.
 They save time, which pretraining has spent once for all."""
     since, losses = moved if later else "", longer if any("times as long" in row[0] for row in rows) else ""
-    return f"""They come with the package: `timm.create_model("{model}", pretrained=True)` needs no network. They saw
+    default = timm.get_pretrained_cfg(model)
+    loaded = model if default is not None and name == f"{model}.{default.tag}" else name
+    return f"""They come with the package: `timm.create_model("{loaded}", pretrained=True)` needs no network. They saw
 pictures of 64 x 64 pixels; any other size works. After training, kernels in front of a batch norm were scaled down to
 the size of a new model's, which changes no output: rates that suit a new model suit these weights too.{since}
 
@@ -533,7 +539,7 @@ def card(name: str) -> str:
     model = timm.create_model(name, pretrained=True)
     with tempfile.TemporaryDirectory() as temporary:
         config = save_config(model, Path(temporary) / "config.json")
-    record = dataclasses.replace(record, notes=when_it_helps(name.partition(".")[0], folder))
+    record = dataclasses.replace(record, notes=when_it_helps(name, folder))
     return model_card(model, f"{HUB}/{name}", config, record)
 
 
@@ -561,6 +567,7 @@ def results() -> str:
         **{folder: transfer(folder) for folder in (*GAINS.values(), "transfer-peers")},
         "transfer-more": transfer("in-place/transfer"),
         "pretraining": pretraining("transfer-peers"),
+        "pretraining-contours": pretraining("transfer-contours"),
     }
     for name, table in tables.items():
         text = fill(text, name, table)

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import glattn
 from glattn.benchmark.folding import observe
 from glattn.files import copy_file, replacing, write_text
 from glattn.models.weights import save_weights
-from glattn.training.pretrain import HELD_OUT, FormulaSource
+from glattn.training.pretrain import FORMULAS, HELD_OUT, FormulaSource
 from glattn.training.validation import predict_source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,9 +91,38 @@ def check_begins(runs: Sequence[Path]) -> None:
             raise ValueError(f"{run}: began with no weights, so that no run was before it; leave --after out")
 
 
-def measure(model: nn.Module) -> dict[str, Any]:
-    """Return what a model knows of the held-out fractals."""
-    source = FormulaSource.of("fractals", HELD_OUT, fixed=True, side=64)
+def made_of(runs: Sequence[Path]) -> tuple[str, str]:
+    """Return the tag of the last of some runs, by the pictures of all and its size of them; and its dataset.
+
+    Raises:
+        ValueError: One saw other images.
+    """
+    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        if config.get("dataset") not in FORMULAS:
+            raise ValueError(f"{run}: its images, {config.get('dataset')!r}, are not {' or '.join(FORMULAS)}")
+    kinds = [f"{dataset.removesuffix('s')}1k" for dataset, _ in groupby(config["dataset"] for config in configs[::-1])]
+    return f"{'_ft_'.join(kinds)}_{configs[0]['image_size']}", configs[0]["dataset"]
+
+
+def carried(name: str) -> Path:
+    """Return the package's file of weights, ``VARIANT.TAG``.
+
+    Raises:
+        ValueError: It has none of that name.
+    """
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # of a tag
+        cfg = None
+    if cfg is None or not cfg.file:
+        raise ValueError(f"the package carries no weights {name}; name them in glattn/models/glattn.py first")
+    return Path(cfg.file)
+
+
+def measure(model: nn.Module, dataset: str) -> dict[str, Any]:
+    """Return what a model knows of the held-out pictures of fractals, or of contours."""
+    source = FormulaSource.of(dataset, HELD_OUT, fixed=True, side=64)
     config = {**timm.data.resolve_model_data_config(model), "input_size": (3, 64, 64)}
     device = torch.device("cpu")
     return predict_source(model.eval(), source, config, batch_size=100, workers=0, device=device).metrics()
@@ -113,20 +143,17 @@ def main() -> int:
         if args.to:
             save_weights(model, args.to)
             return 0
-        name = model.pretrained_cfg["architecture"]
-        cfg = timm.get_pretrained_cfg(name)
-        if cfg is None or not cfg.file:
-            raise ValueError(f"the package carries no weights of {name}; name them in glattn/models/glattn.py first")
-        if model.pretrained_cfg.get("label_names") != list(cfg.label_names):
-            raise ValueError(f"{args.run}: its classes are not the {len(cfg.label_names)} fractals of {name}.{cfg.tag}")
         best = json.loads((args.run / "best" / "metrics.json").read_text())
-        record = ROOT / "docs" / "weights" / f"{name}.{cfg.tag}"
         runs = [args.run, *(chain(args.after) if args.after else [])]
-        records = {record.joinpath(*[BEFORE] * number): run for number, run in enumerate(runs)}
-        for run in records.values():
+        for run in runs:
             if absent := [file for file in RECORD if not (run / file).is_file()]:
                 raise FileNotFoundError(f"{run}: no {absent[0]}; is it a run folder of `glattn pretrain`?")
         check_begins(runs)
+        tag, dataset = made_of(runs)
+        name = f"{model.pretrained_cfg['architecture']}.{tag}"
+        file = carried(name)
+        record = ROOT / "docs" / "weights" / name
+        records = {record.joinpath(*[BEFORE] * number): run for number, run in enumerate(runs)}
         # read before any is written: --after may name what is there
         kept = {folder / file: (run / file).read_bytes() for folder, run in records.items() for file in RECORD}
         for parameter in model.parameters():
@@ -134,8 +161,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:  # the package's stay, unless these load as a user loads them
             aside = Path(folder) / "model.safetensors"
             save_weights(model, aside)
-            shipped = measure(timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(aside)}))
-            copy_file(aside, Path(cfg.file))
+            shipped = measure(
+                timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(aside)}), dataset
+            )
+            copy_file(aside, file)
         shutil.rmtree(record / BEFORE, ignore_errors=True)
         for path, content in kept.items():
             with replacing(path) as temporary:
@@ -145,8 +174,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"make_weights: {error}", file=sys.stderr)
         return 1
-    size = Path(cfg.file).stat().st_size / 1e6
-    print(f"{cfg.file}: {size:.2f} MB; {shipped['top1']:.2f}% of held-out fractals, {best['top1']:.2f}% before fp16")
+    size = file.stat().st_size / 1e6
+    print(f"{file}: {size:.2f} MB; {shipped['top1']:.2f}% of held-out {dataset}, {best['top1']:.2f}% before fp16")
     return 0
 
 

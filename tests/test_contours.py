@@ -21,10 +21,10 @@ def table():
 
 def test_the_file_is_made_from_its_seed_to_the_bit(table):
     file = resources.files("glattn.training").joinpath(contours.TABLE).read_bytes()
-    made = [contours.make_scene(number) for number in range(contours.CLASSES)]
+    made = [contours.make_class(number) for number in range(contours.CLASSES)]
     assert gzip.decompress(contours.pack(made)) == gzip.decompress(file)
     assert made == table
-    assert contours.make_scene(0, seed=1) != table[0]
+    assert contours.make_class(0, seed=1) != table[0]
 
 
 def test_every_scene_is_one_that_is_asked_for(table):
@@ -44,7 +44,7 @@ def test_every_scene_is_one_that_is_asked_for(table):
 
 
 def quiet(draws: Draws, **changes: torch.Tensor) -> Draws:
-    """Return draws of scenes as they stand in the table: black, filled, on white."""
+    """Return draws of scenes unposed, black, filled, on white."""
     still = torch.tensor([0.0, 1, 0, 0]).expand(len(draws.contours), 4)
     none, black = torch.zeros_like(draws.outlined), torch.ones_like(draws.mono)
     return draws._replace(**{"pose": still, "outlined": none, "cut": none, "mono": black, **changes})
@@ -90,15 +90,17 @@ def test_smooth_contours_wave_between_their_corners():
     assert smooth[32::64].tolist() == pytest.approx([0.7, 0.8, 0.7, 0.6])
 
 
-def test_lines_are_as_wide_as_drawn():
-    circle = [[Contour(0, 0, 0.6, 1, 0, False, True, (1.0,) * 5)]]
-    draws = Draws.of(circle, [[3]], [1], side=SIDE)
-    frame = torch.tensor([0.0, 0, 0.6, 1, 0]).expand_as(draws.frames)
+@pytest.mark.parametrize("side", [48, 224])
+@pytest.mark.parametrize("radius", [0.4, 0.9])
+def test_lines_are_as_wide_as_drawn(side, radius):
+    circle = [[Contour(0, 0, radius, 1, 0, False, True, (1.0,) * 5)]]
+    draws = Draws.of(circle, [[3]], [1], side=side)
+    frame = torch.tensor([0.0, 0, radius, 1, 0]).expand_as(draws.frames)
     for width in (2.0, 6.0):
         line = quiet(draws, frames=frame, radii=torch.ones_like(draws.radii), width=torch.tensor([width]),
                      outlined=torch.ones_like(draws.outlined))  # fmt: skip
-        ink = float((1 - contours.render(line, SIDE)[0, 0]).sum())
-        assert ink == pytest.approx(2 * np.pi * 0.6 * SIDE / 2 * width, rel=0.03)
+        ink = float((1 - contours.render(line, side)[0, 0]).sum())
+        assert ink == pytest.approx(2 * np.pi * radius * side / 2 * width, rel=0.03)
 
 
 def test_what_is_cut_shows_the_ground_and_is_a_line_where_it_is_outlined():

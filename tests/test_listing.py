@@ -26,13 +26,14 @@ def test_the_whole_family_is_there_smallest_first(capsys):
 
 def test_a_pattern_chooses_and_parameters_are_a_count(capsys):
     listed = rows(capsys, "glattn_[apn]*o")
-    weights = {"glattn_atto": "fractal1k_64", "glattn_pico": "fractal1k_64", "glattn_nano": "-"}
+    atto = ["fractal1k_ft_contour1k_64", "fractal1k_64"]
+    weights = {"glattn_atto": atto, "glattn_pico": ["fractal1k_64"], "glattn_nano": ["-"]}
     assert list(listed) == list(weights)
     for name in listed:
         model = timm.create_model(name)
         params = sum(p.numel() for p in model.parameters())
         assert listed[name][0] == f"{params / 1e6:.2f}"
-        assert listed[name][2:] == ["224", weights[name]]
+        assert listed[name][2:] == ["224", *weights[name]]
 
 
 def test_multiply_adds_are_those_of_convolutions_linear_layers_and_attention(capsys):

@@ -1,6 +1,7 @@
 """Fractals: the table from its seed, the game against a loop, pictures from their seeds, and a run on them."""
 
 import gzip
+import pickle
 from importlib import resources
 
 import numpy as np
@@ -12,11 +13,16 @@ from glattn.cli import main
 from glattn.training import fractals, pretrain
 from glattn.training.augment import even_shares
 from glattn.training.batches import TrainingBatches
+from glattn.training.config import DRAWN
 from glattn.training.pretrain import FormulaSource
 
 TINY = ("model=test_glattn", "image_size=32", "batch_size=32", "tracker=none", "device=cpu", "workers=0")
 FEW = (*TINY, "epoch_samples=128")
 EVERY = pytest.mark.parametrize("dataset", pretrain.FORMULAS)
+
+
+def test_what_is_drawn_is_what_a_run_takes():
+    assert tuple(pretrain.FORMULAS) == DRAWN
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +32,14 @@ def table():
 
 def test_the_table_is_made_from_its_seed_to_the_bit(table):
     for number in (0, 1, 2, 500, 999):
-        assert np.array_equal(fractals.make_system(number), table[number])
-    assert not np.array_equal(fractals.make_system(0, seed=1), table[0])
+        assert np.array_equal(fractals.make_class(number), table[number])
+    assert not np.array_equal(fractals.make_class(0, seed=1), table[0])
 
 
 @pytest.mark.slow
 def test_the_whole_file_is_made_from_its_seed_to_the_bit():
     file = resources.files("glattn.training").joinpath(fractals.TABLE).read_bytes()
-    made = fractals.pack([fractals.make_system(number) for number in range(fractals.CLASSES)])
+    made = fractals.pack([fractals.make_class(number) for number in range(fractals.CLASSES)])
     assert gzip.decompress(made) == gzip.decompress(file)
 
 
@@ -100,7 +106,7 @@ def test_what_is_random_is_drawn_as_by_hand(table, counts):
 @EVERY
 def test_a_picture_is_a_function_of_its_seed_and_of_no_other_picture(dataset):
     source = FormulaSource.of(dataset, 3000, fixed=False, side=48)
-    together = source.draw([(5, 11), (5, 12), (1005, 11)], 48)
+    together = pickle.loads(pickle.dumps(source)).draw([(5, 11), (5, 12), (1005, 11)], 48)  # as a worker has it
     assert together.shape == (3, 3, 48, 48)
     assert 0 <= together.min() < together.max() <= 1
     for place, picture in zip([(5, 11), (5, 12), (1005, 11)], together, strict=True):
@@ -153,7 +159,7 @@ def test_fractals_are_drawn_one_over_the_other(table):
 @pytest.mark.parametrize("workers", [0, 2])
 @EVERY
 def test_an_accelerator_is_given_the_same_draws_several_batches_at_once(monkeypatch, dataset, workers):
-    monkeypatch.setattr(pretrain, "_AT_ONCE", 3)  # of 64 x 64 pixels: 24 pictures of 16 x 16, two fractals each
+    monkeypatch.setattr(pretrain, "_AT_ONCE", 3)  # of 64 x 64 pixels: 24 pictures of 16 x 16, two classes each
     source = FormulaSource.of(dataset, 100, fixed=False, side=16, instances=2)
     batches = TrainingBatches(100, 10, seed=1)
     config = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3}

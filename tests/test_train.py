@@ -625,7 +625,9 @@ def test_class_weights_balance_the_loss(tmp_path):
     torch.testing.assert_close(task.criterion(logits, targets), sum(parts) / 2)  # accumulated or in two processes
     plain = build.build_task(TrainConfig(**QUICK), model, train.class_names, train.class_counts(), CPU)
     assert plain.criterion.weight is None
-    unseen = build.build_task(config, model, train.class_names, np.array([0, 6]), CPU)  # of fractals, a few are drawn
+    unseen = build.build_task(
+        config, model, train.class_names, np.array([0, 6]), CPU
+    )  # of those that are drawn, a few are
     assert unseen.criterion.weight.isfinite().all()
 
 
@@ -873,7 +875,7 @@ def test_a_teacher_without_these_classes_has_no_logits_to_teach(trainer, wrong_t
     save_file(timm.create_model("test_resnet", num_classes=11).state_dict(), tmp_path / "other.safetensors")
     for teacher in (
         {"teacher": "test_resnet", "teacher_checkpoint": str(tmp_path / "other.safetensors")},
-        {"teacher": "glattn_atto"},  # of a thousand fractals
+        {"teacher": "glattn_atto"},  # of a thousand contours
     ):
         with pytest.raises(ValueError, match="classifier is not of the data's 3 classes"):
             trainer(**teacher)

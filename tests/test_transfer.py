@@ -112,6 +112,9 @@ def test_images_of_any_kind_and_splits_of_any_name_are_taken(tmp_path):
         run_proxies.survey(drawings(tmp_path / "alone", "train"))
 
 
+DRAWN = "dataset: contours\nimage_size: 32\n"
+
+
 def pretrained(run: Path) -> torch.nn.Module:
     """Write a run's best model, whose kernels have grown; return it."""
     model = timm.create_model("test_resnet", num_classes=3).eval()
@@ -154,14 +157,14 @@ def test_weights_go_into_the_package_with_the_records_of_both_runs(tmp_path, mon
         for file in make_weights.RECORD:
             (tmp_path / run / file).write_text(f"{run} {file}")
         start = "" if run == "first" else "before.safetensors"
-        (tmp_path / run / "config.yaml").write_text(f"checkpoint: {start!r}\n")
-    cfg = SimpleNamespace(file=str(tmp_path / "package.safetensors"), label_names=("a", "b", "c"), tag="tag")
+        (tmp_path / run / "config.yaml").write_text(f"checkpoint: {start!r}\n{DRAWN}")
+    cfg = SimpleNamespace(file=str(tmp_path / "package.safetensors"))
     monkeypatch.setattr(make_weights, "ROOT", tmp_path)
-    monkeypatch.setattr(make_weights, "measure", lambda model: {"top1": 2.0})
+    monkeypatch.setattr(make_weights, "measure", lambda model, dataset: {"top1": 2.0})
     loaded = []
     names = {"get_pretrained_cfg": lambda name: cfg, "create_model": lambda name, **options: loaded.append(options)}
     monkeypatch.setattr(make_weights, "timm", SimpleNamespace(**names))
-    record = tmp_path / "docs" / "weights" / "test_resnet.tag"
+    record = tmp_path / "docs" / "weights" / "test_resnet.contour1k_32"
 
     def make(*arguments, status=0):
         monkeypatch.setattr(sys, "argv", ["make_weights.py", *map(str, arguments)])
@@ -185,10 +188,10 @@ def test_weights_go_into_the_package_with_the_records_of_both_runs(tmp_path, mon
 def test_weights_that_do_not_load_leave_the_packages_alone(tmp_path, monkeypatch, capsys):
     pretrained(tmp_path / "run")
     for file in make_weights.RECORD:
-        (tmp_path / "run" / file).write_text("checkpoint: ''\n")
+        (tmp_path / "run" / file).write_text(f"checkpoint: ''\n{DRAWN}")
     package = tmp_path / "package.safetensors"
     package.write_bytes(b"whole")
-    cfg = SimpleNamespace(file=str(package), label_names=("a", "b", "c"), tag="tag")
+    cfg = SimpleNamespace(file=str(package))
 
     def refuse(name, **_):
         raise ValueError("of another shape")
@@ -201,6 +204,20 @@ def test_weights_that_do_not_load_leave_the_packages_alone(tmp_path, monkeypatch
     assert capsys.readouterr().err == "make_weights: of another shape\n"
     assert package.read_bytes() == b"whole"
     assert not (tmp_path / "docs").exists()
+
+
+def test_a_tag_says_what_was_seen_one_after_the_other(tmp_path):
+    runs = [tmp_path / str(number) for number in range(4)]
+    for run, kind, size in zip(runs, ("contours", "fractals", "fractals", "digits"), (96, 64, 64, 64), strict=True):
+        run.mkdir()
+        (run / "config.yaml").write_text(f"dataset: {kind}\nimage_size: {size}\n")
+    assert make_weights.made_of(runs[:3]) == ("fractal1k_ft_contour1k_96", "contours")
+    assert make_weights.made_of(runs[1:3]) == ("fractal1k_64", "fractals")
+    with pytest.raises(ValueError, match="its images, 'digits', are not fractals or contours"):
+        make_weights.made_of(runs)
+    for name in ("glattn_atto.fractal1k_96", "glattn_tiny"):
+        with pytest.raises(ValueError, match=f"carries no weights {name}"):
+            make_weights.carried(name)
 
 
 class Branching(nn.Module):

@@ -23,18 +23,19 @@ from glattn.training.config import TrainConfig, read_recipe
 from glattn.training.pretrain import FormulaSource
 
 ROOT = Path(__file__).resolve().parents[1]
-TAG = "fractal1k_64"
-MB = {"glattn_atto": 8, "glattn_pico": 18}  # at most, of the weights of each variant that the package has some of
-SHIPPED = pytest.mark.parametrize("variant", MB)
+CONTOURS = "glattn_atto.fractal1k_ft_contour1k_64"
+MB = {CONTOURS: 8, "glattn_atto.fractal1k_64": 8, "glattn_pico.fractal1k_64": 18}  # at most, of what the package has
+DEFAULTS = {"glattn_atto": CONTOURS, "glattn_pico": "glattn_pico.fractal1k_64"}
+SHIPPED = pytest.mark.parametrize("name", MB)
 WAYS = pytest.mark.parametrize("create", [timm.create_model, glattn.create_model], ids=["timm", "glattn"])
 
 
-def file_of(variant: str) -> Path:
-    return ROOT / "glattn" / "models" / f"{variant}.{TAG}.safetensors"
+def file_of(name: str) -> Path:
+    return ROOT / "glattn" / "models" / f"{name}.safetensors"
 
 
-def record_of(variant: str) -> Path:
-    return ROOT / "docs" / "weights" / f"{variant}.{TAG}"
+def record_of(name: str) -> Path:
+    return ROOT / "docs" / "weights" / name
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +64,13 @@ def _closed(monkeypatch):
 
 @pytest.mark.usefixtures("_closed")
 @WAYS
-@SHIPPED
-@pytest.mark.parametrize("tag", ["", f".{TAG}"])
-def test_they_load_without_a_connection(create, variant, tag, image):
-    model = create(variant + tag, pretrained=True).eval()
-    expected = load_file(file_of(variant))
+@pytest.mark.parametrize(("asked", "name"), [*DEFAULTS.items(), *zip(MB, MB, strict=True)])
+def test_they_load_without_a_connection(create, asked, name, image):
+    model = create(asked, pretrained=True).eval()
+    expected = load_file(file_of(name))
     for key, value in model.state_dict().items():
         assert torch.equal(value, expected[key].to(value.dtype)), key
-    assert model.pretrained_cfg["tag"] == TAG
+    assert model.pretrained_cfg["tag"] == name.partition(".")[2]
     with torch.inference_mode():
         assert torch.isfinite(model(image)).all()
 
@@ -92,9 +92,9 @@ def test_every_habit_works_from_them(image):
 
 
 @SHIPPED
-def test_they_are_small_and_whole(variant):
-    path = file_of(variant)
-    assert path.stat().st_size < 1e6 * MB[variant]
+def test_they_are_small_and_whole(name):
+    path = file_of(name)
+    assert path.stat().st_size < 1e6 * MB[name]
     with safe_open(path, framework="pt") as file:
         assert "sha256" in file.metadata()
     tensors = load_file(path)
@@ -104,9 +104,9 @@ def test_they_are_small_and_whole(variant):
 
 
 @SHIPPED
-def test_no_rate_is_too_low_for_them(variant):
+def test_no_rate_is_too_low_for_them(name):
     """In front of a batch norm no kernel is larger than a new model's: one step turns both as far."""
-    ours, new = (timm.create_model(variant, pretrained=given).eval() for given in (True, False))
+    ours, new = (timm.create_model(name, pretrained=given).eval() for given in (True, False))
     pairs = observe(ours, torch.zeros(1, 3, 64, 64))
     assert len(pairs) > 50
     for conv, _ in pairs:
@@ -114,27 +114,28 @@ def test_no_rate_is_too_low_for_them(variant):
 
 
 @SHIPPED
-def test_they_know_fractals_that_they_have_not_seen(variant):
-    model = timm.create_model(variant, pretrained=True).eval()
-    source = FormulaSource.of("fractals", 400, fixed=True, side=64)
+def test_they_know_pictures_that_they_have_not_seen(name):
+    model = timm.create_model(name, pretrained=True).eval()
+    source = FormulaSource.of(read_record(record_of(name)).dataset, 400, fixed=True, side=64)
+    assert list(model.pretrained_cfg["label_names"]) == list(source.class_names)
     config = {**timm.data.resolve_model_data_config(model), "input_size": (3, 64, 64)}
     (pictures, places), *_ = source.loader(
         [[(i, 0) for i in range(400)]], config, workers=0, device=torch.device("cpu")
     )
     with torch.inference_mode():
         right = (model(pictures).argmax(1) == places[:, 0]).float().mean()
-    measured = json.loads((record_of(variant) / "best" / "metrics.json").read_text())["top1"]
+    measured = json.loads((record_of(name) / "best" / "metrics.json").read_text())["top1"]
     assert 100 * float(right) == pytest.approx(measured, abs=7)
 
 
 @SHIPPED
-def test_the_record_is_of_enough_pictures_and_its_card_says_so(variant):
-    card, seen = (record_of(variant) / "README.md").read_text(), 0
+def test_the_record_is_of_enough_pictures_and_its_card_says_so(name):
+    card, seen, kinds = (record_of(name) / "README.md").read_text(), 0, []
     # of the run, and those that it went on from
-    folders = sorted(path.parent for path in record_of(variant).rglob("config.yaml"))
+    folders = sorted(path.parent for path in record_of(name).rglob("config.yaml"))
     for folder in folders:
         record = read_record(folder)
-        assert record.dataset == "fractals"
+        kinds.append(record.dataset)
         with (folder / "metrics.csv").open(newline="") as file:
             epochs = list(csv.DictReader(file))
         config = TrainConfig(**read_recipe(folder / "config.yaml"))
@@ -146,7 +147,8 @@ def test_the_record_is_of_enough_pictures_and_its_card_says_so(variant):
         assert f"{record.seen:,}" in card
         assert str(record.environment["commit"]) in card
     assert seen >= 2_000_000
-    for said in (f"hf-hub:{HUB}/{variant}.{TAG}", "no photograph", f"{seen:,}",
+    assert kinds == ["contours"] * (name == CONTOURS) + ["fractals"] * (len(kinds) - (name == CONTOURS))
+    for said in (f"hf-hub:{HUB}/{name}", "no photograph", f"{seen:,}",
                  "without fine-tuning they predict nothing", "## When it helps"):  # fmt: skip
         assert said in card
 
@@ -223,12 +225,12 @@ def test_an_overlays_source_is_the_only_one(given, cleared):
     assert {key: overlay[key] for key in given or {}} == (given or {})
 
 
-def test_a_classifier_of_theirs_names_fractals():
+def test_a_classifier_of_theirs_names_its_pictures():
     names = open_checkpoint("glattn_atto").class_names
-    assert names == FormulaSource.of("fractals", 1, fixed=True, side=64).class_names
+    assert names == FormulaSource.of("contours", 1, fixed=True, side=64).class_names
 
 
-def test_other_weights_carry_no_names_of_fractals(tmp_path):
+def test_other_weights_carry_no_names_of_theirs(tmp_path):
     ours = timm.create_model("glattn_atto", pretrained=True)
     assert len(ours.pretrained_cfg["label_names"]) == 1000
     ours.reset_classifier(1000)
@@ -247,7 +249,7 @@ def test_other_weights_carry_no_names_of_fractals(tmp_path):
     named = timm.create_model(f"local-dir:{named}", pretrained=True, pretrained_cfg_overlay=overlay)
     assert list(named.pretrained_cfg["label_names"]) == ["a", "b"]  # the user's own
     push(ours, "org/mine", dry_run=tmp_path / "pushed")
-    assert "fractal0" not in (tmp_path / "pushed" / "config.json").read_text()
+    assert "contour0" not in (tmp_path / "pushed" / "config.json").read_text()
 
 
 def test_timms_own_loader_takes_any_file_by_the_familys_filter(tmp_path):

@@ -115,7 +115,7 @@ def model_card(model: nn.Module, name: str, config: Mapping[str, Any], record: R
         f"`{config['architecture']}`, an image classifier of {millions:.1f}M parameters and "
         f"{config['num_classes']} classes, for [timm](https://github.com/huggingface/pytorch-image-models)"
         + (" with `glattn`." if ours else "."),
-        *([_FORMULA] if record.dataset == "fractals" else []),
+        *([_FORMULA.format(**_KINDS[record.dataset])] if record.dataset in _KINDS else []),
         *([record.notes] if record.notes else []),
         *_measured(record),
         "## Use",
@@ -142,8 +142,8 @@ def _signature(text: str) -> str:
 
 
 def _metadata(name: str, config: Mapping[str, Any], record: Record, ours: bool) -> ModelCardData:
-    # fractals are no data set of the Hub's
-    named = record.dataset if record.dataset != "fractals" else ""
+    # what is drawn is no data set of the Hub's
+    named = record.dataset if record.dataset not in _KINDS else ""
     dataset = named if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named or "") else None
     title = name.partition("@")[0].rpartition("/")[2]
     results = [
@@ -179,9 +179,20 @@ def _measured(record: Record) -> list[str]:
 
 
 _FORMULA = """**A start for fine-tuning, nothing else.** These weights were trained on pictures made by formula,
-fractals of iterated function systems ([arXiv:2101.08515](https://arxiv.org/abs/2101.08515),
-[arXiv:2110.03091](https://arxiv.org/abs/2110.03091)), drawn while it trained: no photograph, so nobody's licence and
-nobody's privacy. Their classes are fractals: without fine-tuning they predict nothing that a person wants."""
+{of}, drawn while it trained: no photograph, so nobody's licence and
+nobody's privacy. Their classes are {classes}: without fine-tuning they predict nothing that a person wants."""
+_KINDS: Mapping[str | None, dict[str, str]] = {
+    "fractals": {
+        "of": """fractals of iterated function systems ([arXiv:2101.08515](https://arxiv.org/abs/2101.08515),
+[arXiv:2110.03091](https://arxiv.org/abs/2110.03091))""",
+        "classes": "fractals",
+    },
+    "contours": {
+        "of": """scenes of closed contours (after
+[arXiv:2206.09132](https://arxiv.org/abs/2206.09132))""",
+        "classes": "scenes of contours",
+    },
+}
 
 _METRICS = {"top1": "top-1 accuracy, %", "top5": "top-5 accuracy, %", "images": "images", "epoch": "epoch"}
 

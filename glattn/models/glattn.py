@@ -308,24 +308,32 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# variants whose weights the package carries; ``input_size`` stays the family's, though they saw 64 pixels a side
-_SHIPPED = dict.fromkeys(("glattn_atto", "glattn_pico"), "fractal1k_64")
+# tags of weights that the package carries, a variant's default first, each with the kinds of pictures that they saw one
+# after the other; ``input_size`` stays the family's, though they were of 64 pixels a side
+_SHIPPED: dict[str, dict[str, tuple[str, ...]]] = {
+    "glattn_atto": {"fractal1k_ft_contour1k_64": ("fractal", "contour"), "fractal1k_64": ("fractal",)},
+    "glattn_pico": {"fractal1k_64": ("fractal",)},
+}
+_PAPERS = {"fractal": ("arXiv:2101.08515", "arXiv:2110.03091"), "contour": ("arXiv:2206.09132",)}
 
 
-def _variant_cfg(variant: str) -> tuple[str, dict[str, Any]]:
-    tag = _SHIPPED.get(variant)
-    if tag is None:
-        return variant, _cfg(hf_hub_id=f"{HUB}/{variant}")
-    name = f"{variant}.{tag}"
-    return name, _cfg(
-        hf_hub_id=f"{HUB}/{name}",
-        file=str(Path(__file__).with_name(f"{name}.safetensors")),
-        label_names=tuple(f"fractal{number:04d}" for number in range(1000)),
-        paper_ids=("arXiv:2109.08937", "arXiv:2101.08515", "arXiv:2110.03091"),
-    )
+def _variant_cfgs(variant: str) -> dict[str, dict[str, Any]]:
+    shipped = {f"{variant}.{tag}": kinds for tag, kinds in _SHIPPED.get(variant, {}).items()}
+    cfgs = {
+        name: _cfg(
+            hf_hub_id=f"{HUB}/{name}",
+            file=str(Path(__file__).with_name(f"{name}.safetensors")),
+            label_names=tuple(f"{kinds[-1]}{number:04d}" for number in range(1000)),
+            paper_ids=("arXiv:2109.08937", *(paper for kind in kinds for paper in _PAPERS[kind])),
+        )
+        for name, kinds in shipped.items()
+    }
+    return cfgs or {variant: _cfg(hf_hub_id=f"{HUB}/{variant}")}
 
 
-default_cfgs = generate_default_cfgs(dict(map(_variant_cfg, VARIANTS)))
+default_cfgs = generate_default_cfgs(
+    {name: cfg for variant in VARIANTS for name, cfg in _variant_cfgs(variant).items()}
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

@@ -60,7 +60,7 @@ class Contour:
     radii: tuple[float, ...]
 
 
-def make_scene(number: int, *, seed: int = 0) -> list[Contour]:
+def make_class(number: int, *, seed: int = 0) -> list[Contour]:
     """Return one class's contours, a function of the seed and the class alone."""
     rng = np.random.default_rng([seed, number])
     count = int(rng.integers(FEWEST, MOST, endpoint=True))
@@ -114,6 +114,8 @@ def read_table() -> list[list[Contour]]:
 class Draws(NamedTuple):
     """What is random of the scenes of a batch of pictures, drawn for each from a seed of its own.
 
+    A named tuple is pinned, and sent by workers, by torch itself.
+
     Args:
         counts: Scenes of each picture, which come one after another: B in all.
         contours: Contours of each scene.
@@ -133,8 +135,8 @@ class Draws(NamedTuple):
         edged: What is filled has a black line around it, if in colour: ``(B,)`` bool, 30%.
     """
 
-    counts: tuple[int, ...]
-    contours: tuple[int, ...]
+    counts: Sequence[int]
+    contours: Sequence[int]
     frames: Tensor
     corners: Tensor
     radii: Tensor
@@ -270,7 +272,7 @@ def render(draws: Draws, side: int) -> Tensor:
         outlined, cut = (flags[scene, place, None, None] for flags in (draws.outlined, draws.cut))
         coloured = mono[has] == 0
         colour = torch.where(coloured, draws.colours[scene, place, :, None, None], (mono[has] - 1).float())
-        shade = draws.shade[scene, place, :, None, None] * coloured[:, :1]
+        shade = draws.shade[scene, place, :, None, None] * coloured
         colour = (colour + (shade[:, :1] * right + shade[:, 1:] * down)).clamp(0, 1)
         colour = torch.where((cut & ~outlined)[:, None], ground[has], colour)
         drawn = torch.lerp(picture[has], colour, torch.where(outlined, line, filled)[:, None])
@@ -280,7 +282,9 @@ def render(draws: Draws, side: int) -> Tensor:
 
 
 def _pixels_inside(right: Tensor, down: Tensor, pose: Tensor, frame: Tensor, outline: Tensor) -> Tensor:
-    """Return how many pixels inside a contour each pixel is, to first order; below zero: outside: ``(B, side, side)``.
+    """Return how many pixels inside a contour each pixel is, below zero outside, ``(B, side, side)``.
+
+    To first order: near the middle of a star it is too small, so that a wide line may reach there.
 
     Args:
         right: Where each column is, ``(1, side, side)``.
@@ -299,4 +303,5 @@ def _pixels_inside(right: Tensor, down: Tensor, pose: Tensor, frame: Tensor, out
     first = place.long().clamp(max=_ANGLES - 1)
     radius = torch.lerp(outline.gather(1, first), outline.gather(1, first + 1), place - first)
     inside = radius.view_as(across) - torch.hypot(across, along)
-    return inside / torch.hypot(*torch.gradient(inside, dim=(1, 2))).clamp(min=0.02)
+    steep = torch.hypot(*torch.gradient(inside, dim=(1, 2)))  # which a large contour is less, and not in its middle
+    return inside / steep.clamp(min=1.28 / inside.shape[-1])

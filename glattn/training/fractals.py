@@ -31,7 +31,7 @@ _MONO = np.cumsum([0.7, 0.15, 0.15])  # in colour, black on white, white on blac
 _DIGITS = 5  # decimals of the table: coarser than the last bits in which machines differ
 
 
-def make_system(number: int, *, seed: int = 0) -> np.ndarray:
+def make_class(number: int, *, seed: int = 0) -> np.ndarray:
     """Return one class's maps, ``(n, 6)``: rows of A, then t; a function of the seed and the class alone.
 
     Singular values s1 >= s2 of U(0, 1), rotations and signs at random, t of U(-1, 1); taken where the sum of s1 + 2 s2

@@ -365,7 +365,7 @@ class Trainer:
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}; run folder {self.folder}"
         )
         absent = int((self.train_source.class_counts() == 0).sum())
-        if absent and self.config.instances == 1:  # fractals, fewer than there are classes; several show others as well
+        if absent and self.config.instances == 1:  # drawn, fewer than there are classes; several show others as well
             self.say(f"classes without a training image: {absent}")
 
 

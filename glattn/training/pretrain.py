@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from glattn.training import command, contours, fractals
 from glattn.training.batches import make_transform
-from glattn.training.config import DRAWN, TrainConfig
+from glattn.training.config import TrainConfig
 from glattn.training.source import Source
 
 # over the defaults of `TrainConfig`, under a recipe's file; the batch divides an epoch, which drops what is left over
 RECIPE = {"dataset": "fractals", "image_size": 64, "epochs": 40, "batch_size": 125, "lr": 0.002}
 _AT_ONCE = 1000  # figures of 64 x 64 pixels that an accelerator renders at once, if batches are smaller
 HELD_OUT = 2_000  # validation images: two a class, the same every time
-FORMULAS = dict(zip(DRAWN, (fractals, contours), strict=True))
+FORMULAS = {"fractals": fractals, "contours": contours}  # by dataset, see `DRAWN`
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,31 @@ class FormulaSource(Source):
     """Pictures of a table's classes in turn, each drawn when it is asked for.
 
     Args:
-        formula: The module that draws them.
+        kind: Of pictures, one of `FORMULAS`.
         table: What it draws of each class.
         fixed: Draw picture ``i`` always the same, as for validation, and not by the seed that comes with it.
         instances: Fractals, or scenes, in a picture at most.
         side: Side of the pictures that `read` gives, in pixels.
     """
 
-    formula: ModuleType
+    kind: str
     table: tuple[Any, ...]
     fixed: bool
     instances: int
     side: int
 
     @classmethod
-    def of(cls, dataset: str, count: int, *, fixed: bool, side: int, instances: int = 1) -> FormulaSource:
+    def of(cls, kind: str, count: int, *, fixed: bool, side: int, instances: int = 1) -> FormulaSource:
         """Return this many pictures."""
-        table = tuple(FORMULAS[dataset].read_table())
+        table = tuple(FORMULAS[kind].read_table())
         numbers = np.arange(count)
-        names = tuple(f"{dataset.removesuffix('s')}{number:04d}" for number in range(len(table)))
-        return cls(None, numbers, numbers % len(table), names, FORMULAS[dataset], table, fixed, instances, side)
+        names = tuple(f"{kind.removesuffix('s')}{number:04d}" for number in range(len(table)))
+        return cls(None, numbers, numbers % len(table), names, kind, table, fixed, instances, side)
+
+    @property
+    def formula(self) -> ModuleType:
+        """The module that draws them."""
+        return FORMULAS[self.kind]
 
     def draws(self, places: Sequence[tuple[int, int]], side: int) -> Any:
         """Return what is random of the pictures of some (index, seed) pairs."""
@@ -121,7 +126,7 @@ class _DrawnBatches(Dataset[tuple[list[int], Any, Tensor]]):
 class FormulaLoader:
     """Normalised (pictures, [class, asked, given, further classes or -1]), a batch at a time.
 
-    An accelerator renders several batches at once: a walk is many small steps, of which one batch would leave it idle.
+    An accelerator renders several batches at once: drawing is many small steps, of which one batch would leave it idle.
 
     Args:
         source: What to draw.
