@@ -466,20 +466,21 @@ def started(folder: Path) -> str:
     folders = chain(folder)
     if len(folders) == 1:
         return ""
-    lines, seen = [], 0
+    lines, seen = [], dict[str | None, int]()
     for each in folders:
         run = read_record(each)
         if not run.seen or not run.hours:
             raise ValueError(f"{each}: its record does not say how many pictures were seen")
-        seen += run.seen
+        seen[run.dataset] = seen.get(run.dataset, 0) + run.seen
         lines.append(
             f"- `{run.command}`: at its best after {run.seen:,} pictures, {run.hours:.2g} hours of steps in all on"
             f" {run.environment['device']}, seed {run.seed}, commit {run.environment['commit']}"
             f" ([record]({each.relative_to(folder)}))"
         )
     runs = "\n".join(reversed(lines))
+    kinds = " and ".join(f"{count:,} of {kind}" for kind, count in reversed(seen.items())) if len(seen) > 1 else ""
     return f"""The run below is the last of {len(folders)}, each from the weights of the one before it; so these weights
-saw {seen:,} pictures:
+saw {sum(seen.values()):,} pictures{f", {kinds}" if kinds else ""}:
 
 {runs}
 

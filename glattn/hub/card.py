@@ -188,8 +188,7 @@ _KINDS: Mapping[str | None, dict[str, str]] = {
         "classes": "fractals",
     },
     "contours": {
-        "of": """scenes of closed contours (after
-[arXiv:2206.09132](https://arxiv.org/abs/2206.09132))""",
+        "of": "scenes of closed contours (after [arXiv:2206.09132](https://arxiv.org/abs/2206.09132))",
         "classes": "scenes of contours",
     },
 }
