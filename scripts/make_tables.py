@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -466,12 +467,12 @@ def started(folder: Path) -> str:
     folders = chain(folder)
     if len(folders) == 1:
         return ""
-    lines, seen = [], dict[str | None, int]()
+    lines, seen = [], Counter[str | None]()
     for each in folders:
         run = read_record(each)
         if not run.seen or not run.hours:
             raise ValueError(f"{each}: its record does not say how many pictures were seen")
-        seen[run.dataset] = seen.get(run.dataset, 0) + run.seen
+        seen[run.dataset] += run.seen
         lines.append(
             f"- `{run.command}`: at its best after {run.seen:,} pictures, {run.hours:.2g} hours of steps in all on"
             f" {run.environment['device']}, seed {run.seed}, commit {run.environment['commit']}"
@@ -480,7 +481,7 @@ def started(folder: Path) -> str:
     runs = "\n".join(reversed(lines))
     kinds = " and ".join(f"{count:,} of {kind}" for kind, count in reversed(seen.items())) if len(seen) > 1 else ""
     return f"""The run below is the last of {len(folders)}, each from the weights of the one before it; so these weights
-saw {sum(seen.values()):,} pictures{f", {kinds}" if kinds else ""}:
+saw {seen.total():,} pictures{f", {kinds}" if kinds else ""}:
 
 {runs}
 

@@ -625,9 +625,7 @@ def test_class_weights_balance_the_loss(tmp_path):
     torch.testing.assert_close(task.criterion(logits, targets), sum(parts) / 2)  # accumulated or in two processes
     plain = build.build_task(TrainConfig(**QUICK), model, train.class_names, train.class_counts(), CPU)
     assert plain.criterion.weight is None
-    unseen = build.build_task(
-        config, model, train.class_names, np.array([0, 6]), CPU
-    )  # of those that are drawn, a few are
+    unseen = build.build_task(config, model, train.class_names, np.array([0, 6]), CPU)  # of drawn ones, a few are
     assert unseen.criterion.weight.isfinite().all()
 
 

@@ -1,5 +1,6 @@
 """GLAttn, the hierarchical global-local backbone, as timm knows models: its contract, default cfgs, entry points."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
@@ -308,26 +309,25 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# tags of weights that the package carries, a variant's default first, each with the kinds of pictures that they saw one
-# after the other; ``input_size`` stays the family's, though they were of 64 pixels a side
-_SHIPPED: dict[str, dict[str, tuple[str, ...]]] = {
-    "glattn_atto": {"fractal1k_ft_contour1k_64": ("fractal", "contour"), "fractal1k_64": ("fractal",)},
-    "glattn_pico": {"fractal1k_64": ("fractal",)},
+# tags of weights that the package carries, a variant's default first: the kinds of pictures that they saw one after the
+# other; ``input_size`` stays the family's, though those were of 64 pixels a side
+_SHIPPED = {
+    "glattn_atto": ("fractal1k_ft_contour1k_64", "fractal1k_64"),
+    "glattn_pico": ("fractal1k_64",),
 }
 _PAPERS = {"fractal": ("arXiv:2101.08515", "arXiv:2110.03091"), "contour": ("arXiv:2206.09132",)}
 
 
 def _variant_cfgs(variant: str) -> dict[str, dict[str, Any]]:
-    shipped = {f"{variant}.{tag}": kinds for tag, kinds in _SHIPPED.get(variant, {}).items()}
-    cfgs = {
-        name: _cfg(
+    cfgs = {}
+    for tag in _SHIPPED.get(variant, ()):
+        name, kinds = f"{variant}.{tag}", re.findall("([a-z]+)1k", tag)
+        cfgs[name] = _cfg(
             hf_hub_id=f"{HUB}/{name}",
             file=str(Path(__file__).with_name(f"{name}.safetensors")),
             label_names=tuple(f"{kinds[-1]}{number:04d}" for number in range(1000)),
             paper_ids=("arXiv:2109.08937", *(paper for kind in kinds for paper in _PAPERS[kind])),
         )
-        for name, kinds in shipped.items()
-    }
     return cfgs or {variant: _cfg(hf_hub_id=f"{HUB}/{variant}")}
 
 

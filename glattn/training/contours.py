@@ -7,13 +7,9 @@ white or in colours, some contours cut out of those below them. Which way up a s
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import product
 from typing import NamedTuple
 
@@ -22,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glattn.files import gzipped
-from glattn.training.fractals import moved
+from glattn.training.fractals import moved, pack_rows, read_rows
 
 TABLE = "contours1k.csv.gz"
 CLASSES, FEWEST, MOST = 1000, 2, 4  # of contours in a scene
@@ -88,21 +83,18 @@ def _make_contour(rng: np.random.Generator, *, first: bool) -> Contour:
 
 def pack(table: Sequence[Sequence[Contour]]) -> bytes:
     """Return a table of scenes as gzipped CSV, one row a contour."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", "x", "y", "size", "aspect", "turn", "cut", "smooth", "radii"])
+    rows: list[list[object]] = []
     for number, scene in enumerate(table):
         for one in scene:
             numbers = (f"{value:.{_DIGITS}f}" for value in (one.x, one.y, one.size, one.aspect, one.turn))
             radii = " ".join(f"{radius:.{_DIGITS}f}" for radius in one.radii)
-            writer.writerow([number, *numbers, int(one.cut), int(one.smooth), radii])
-    return gzipped(text.getvalue())
+            rows.append([number, *numbers, int(one.cut), int(one.smooth), radii])
+    return pack_rows(["class", "x", "y", "size", "aspect", "turn", "cut", "smooth", "radii"], rows)
 
 
 def read_table() -> list[list[Contour]]:
     """Return the classes that the package carries."""
-    text = gzip.decompress(resources.files("glattn.training").joinpath(TABLE).read_bytes()).decode()
-    rows = list(csv.reader(io.StringIO(text)))[1:]
+    rows = read_rows(TABLE)
     scenes: list[list[Contour]] = [[] for _ in range(1 + int(rows[-1][0]))]
     for number, *frame, cut, smooth, radii in rows:
         x, y, size, aspect, turn = map(float, frame)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
@@ -66,22 +66,30 @@ def _fill(maps: np.ndarray) -> float:
 
 def pack(table: Sequence[np.ndarray]) -> bytes:
     """Return a table of systems as gzipped CSV, one row a map."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", "a", "b", "c", "d", "e", "f"])
-    for number, maps in enumerate(table):
-        writer.writerows([number, *(f"{value:.{_DIGITS}f}" for value in row)] for row in maps)
-    return gzipped(text.getvalue())
+    rows = ([number, *(f"{value:.{_DIGITS}f}" for value in row)] for number, maps in enumerate(table) for row in maps)
+    return pack_rows(["class", "a", "b", "c", "d", "e", "f"], rows)
 
 
 def read_table() -> list[np.ndarray]:
     """Return the classes that the package carries."""
-    text = gzip.decompress(resources.files("glattn.training").joinpath(TABLE).read_bytes()).decode()
-    rows = list(csv.reader(io.StringIO(text)))[1:]
+    rows = read_rows(TABLE)
     maps: list[list[list[float]]] = [[] for _ in range(1 + int(rows[-1][0]))]
     for number, *values in rows:
         maps[int(number)].append([float(value) for value in values])
     return [np.array(rows) for rows in maps]
+
+
+def pack_rows(head: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    """Return rows as gzipped CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    return gzipped(text.getvalue())
+
+
+def read_rows(table: str) -> list[list[str]]:
+    """Return the rows of a table that the package carries, without its head."""
+    text = gzip.decompress(resources.files("glattn.training").joinpath(table).read_bytes()).decode()
+    return list(csv.reader(io.StringIO(text)))[1:]
 
 
 def systems(maps: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
