@@ -18,13 +18,13 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from torch import nn
 
 import glattn
 from glattn.benchmark.folding import observe
 from glattn.files import copy_file, replacing, write_text
 from glattn.models.weights import save_weights
+from glattn.training.config import read_recipe
 from glattn.training.pretrain import FORMULAS, HELD_OUT, FormulaSource
 from glattn.training.validation import predict_source
 
@@ -83,7 +83,7 @@ def shrink(model: nn.Module, fresh: nn.Module) -> None:
 def check_begins(runs: Sequence[Path]) -> None:
     """Raise a ``ValueError`` unless all runs began with weights but the last, which began with none."""
     for number, run in enumerate(runs, 1):
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = read_recipe(run / "config.yaml")
         began = bool(config.get("checkpoint") or config.get("pretrained"))
         if began and number == len(runs):
             raise ValueError(f"{run}: began with weights; name the run that made them, or its record: --after RUN")
@@ -95,14 +95,31 @@ def made_of(runs: Sequence[Path]) -> tuple[str, str]:
     """Return the tag of the last of some runs, by the pictures of all and its size of them; and its dataset.
 
     Raises:
-        ValueError: One saw other images.
+        ValueError: One saw other images, or its size of them is not noted.
     """
-    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+    configs = [read_recipe(run / "config.yaml") for run in runs]
     for run, config in zip(runs, configs, strict=True):
         if config.get("dataset") not in FORMULAS:
             raise ValueError(f"{run}: its images, {config.get('dataset')!r}, are not {' or '.join(FORMULAS)}")
+    side = configs[0].get("image_size")
+    if not isinstance(side, int):
+        raise ValueError(f"{runs[0] / 'config.yaml'}: image_size is {side!r}, not a number of pixels")
     kinds = [f"{dataset.removesuffix('s')}1k" for dataset, _ in groupby(config["dataset"] for config in configs[::-1])]
-    return f"{'_ft_'.join(kinds)}_{configs[0]['image_size']}", configs[0]["dataset"]
+    return f"{'_ft_'.join(kinds)}_{side}", configs[0]["dataset"]
+
+
+def kept_epoch(run: Path) -> tuple[int, float]:
+    """Return the epoch that a run kept as its best, and that one's top-1, percent.
+
+    Raises:
+        ValueError: They are not noted.
+    """
+    path = run / "best" / "metrics.json"
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        return int(noted["epoch"]), float(noted["top1"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: no epoch and top1 in it, which `glattn pretrain` notes there") from None
 
 
 def carried(name: str) -> Path:
@@ -143,7 +160,7 @@ def main() -> int:
         if args.to:
             save_weights(model, args.to)
             return 0
-        best = json.loads((args.run / "best" / "metrics.json").read_text())
+        epoch, before_fp16 = kept_epoch(args.run)
         runs = [args.run, *(chain(args.after) if args.after else [])]
         for run in runs:
             if absent := [file for file in RECORD if not (run / file).is_file()]:
@@ -164,18 +181,17 @@ def main() -> int:
             shipped = measure(
                 timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(aside)}), dataset
             )
+            shutil.rmtree(record / BEFORE, ignore_errors=True)
+            for path, content in kept.items():
+                with replacing(path) as temporary:
+                    temporary.write_bytes(content)
+            write_text(record / "best" / "metrics.json", json.dumps({"epoch": epoch, **shipped}, indent=2) + "\n")
             copy_file(aside, file)
-        shutil.rmtree(record / BEFORE, ignore_errors=True)
-        for path, content in kept.items():
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
-        text = json.dumps({"epoch": best["epoch"], **shipped}, indent=2) + "\n"
-        write_text(record / "best" / "metrics.json", text)
     except (ValueError, OSError) as error:
         print(f"make_weights: {error}", file=sys.stderr)
         return 1
     size = file.stat().st_size / 1e6
-    print(f"{file}: {size:.2f} MB; {shipped['top1']:.2f}% of held-out {dataset}, {best['top1']:.2f}% before fp16")
+    print(f"{file}: {size:.2f} MB; {shipped['top1']:.2f}% of held-out {dataset}, {before_fp16:.2f}% before fp16")
     return 0
 
 

@@ -171,8 +171,10 @@ class Proxies:
                 folder = folder.with_name(f"{folder.name}-nchw")
                 command.append("channels_last=false")
                 status = subprocess.run([*command, f"run={folder}"], stdout=log, stderr=log, check=False).returncode
-            if status:
-                raise TrainingError(f"training failed: see {log.name}")
+        if status:
+            said = Path(log.name).read_text(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(said) if line.strip()), "not a word")
+            raise TrainingError(f"training failed: {last}; see {log.name}")
         seconds = time.monotonic() - begun
         row = {"model": model, "data": self.data, "lr": repr(lr), "seed": str(seed), "chosen": ""}
         row |= {"settings": self.settings, "seconds": f"{seconds:.0f}", "digest": self.digest}
@@ -203,7 +205,7 @@ class Proxies:
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""
         recipe = [self.args.config.stem, self.recipe_digest(), *self.args.settings]
-        parts = [*re.findall(r"[\w.]+", model), repr(lr), f"seed{seed}", *recipe]
+        parts = [words(model), repr(lr), f"seed{seed}", *recipe]
         return self.runs / "-".join(parts).replace("/", "_")
 
     def rows_of(self, model: str) -> list[Row]:
@@ -258,6 +260,11 @@ class Proxies:
             "points": f"{difference.points:.2f}", "low": f"{difference.low:.2f}", "high": f"{difference.high:.2f}",
             "authors": str(difference.authors), "verdict": difference.verdict, "settings": self.settings,
         }  # fmt: skip
+
+
+def words(model: str) -> str:
+    """Return what the names of a model's run folders begin with."""
+    return "-".join(re.findall(r"[\w.]+", model))
 
 
 def has_test(source: Path) -> bool:

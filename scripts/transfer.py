@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ import timm
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv
+from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv, words
 from timm.models._registry import split_model_name_tag
 
 import glattn  # noqa: F401
@@ -66,8 +67,8 @@ def find_task(name: str) -> Task:
     """Return a task by name: of `TASKS`, or DATA or DATA-Nshot of other images, which lie in data/DATA."""
     if name in TASKS:
         return TASKS[name]
-    if "/" in name:
-        raise ValueError(f"{name}: give the name of a folder in data/, such as icons100, or icons100-5shot")
+    if not name or "/" in name:
+        raise ValueError(f"{name!r}: give the name of a folder in data/, such as icons100, or icons100-5shot")
     found = re.search(r"-([1-9]\d*)shot$", name)
     data, shots = (name[: found.start()], int(found[1])) if found else (name, 0)
     settings = ("epochs=30", "warmup_epochs=2") if shots else ("epochs=6", "warmup_epochs=1")
@@ -89,14 +90,29 @@ class Transfer(Proxies):
         self.check_starts()
 
     def check_starts(self) -> dict[str, str]:
-        """Return digests of the files that the arms start from, and raise if runs of theirs began with other ones."""
+        """Return digests of the files that the arms start from.
+
+        Raises:
+            ValueError: Runs of an arm began with another file.
+        """
         path = self.out / "starts.json"
         noted: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
         for arm in self.args.models:
             digest = start_digest(arm)
-            if digest and noted.setdefault(arm, digest) != digest:
-                raise ValueError(f"{self.out}: its runs of {arm} began with other weights; remove them")
+            if not digest:
+                continue
+            if noted.get(arm, digest) != digest and self.begun(arm):
+                raise ValueError(
+                    f"{path}: runs of {arm} began with other weights; remove its rows from {self.path}, and its "
+                    f"folders from {self.runs}"
+                )
+            noted[arm] = digest
         return noted
+
+    def begun(self, arm: str) -> bool:
+        """Tell whether there is a run of an arm, or a row of one."""
+        folders = (path for path in self.runs.glob(f"{words(arm)}-*") if path.is_dir())
+        return any(row["model"] == arm for row in self.rows) or any(folders)
 
     def run(self) -> bool:
         """Note what the arms start from, and do what is missing."""
@@ -111,7 +127,7 @@ class Transfer(Proxies):
 
     def chosen_data(self, seed: int) -> Path:
         """Return the folder of a seed's images, chosen if that is still to be done."""
-        if not self.task.shots and has_test(self.source):
+        if not self.task.shots and has_test(self.source) and find_split(self.source, "val"):
             return self.source
         number = f"{self.task.shots}shot" if self.task.shots else "all"
         chosen = self.runs / f"images-{number}-seed{seed}"
@@ -200,21 +216,34 @@ def choose(source: Path, target: Path, shots: int, seed: int) -> None:
     if train is None:
         raise ValueError(f"{source}: no train/ to train on")
     tests_in, val = (source / "test", val) if has_test(source) else (val, None)
+    classes, vals, tests = (by_class(folder) for folder in (train, val, tests_in))
     with new_folder(target) as root:
-        for folder in sorted(path for path in train.iterdir() if path.is_dir()):
-            images = [path for path in images_in(folder) if path.parent == folder]
+        for label, images in classes.items():
             picked = [images[i] for i in rng.permutation(len(images))]
             count = shots or max(1, len(images) - max(1, len(images) // 5))
-            others = images_in(val / folder.name) if val else picked[count:]
+            others = vals[label] if val else picked[count:]
             others = [others[i] for i in rng.permutation(len(others))]
-            tests = images_in(tests_in / folder.name) if tests_in else []
-            for split, paths in (("train", picked[:count]), ("val", others[: max(count, 20)]), ("test", tests)):
-                if paths:
-                    (root / split / folder.name).mkdir(parents=True)
+            chosen = (
+                ("train", train, picked[:count]),
+                ("val", val or train, others[: max(count, 20)]),
+                ("test", tests_in, tests[label]),
+            )
+            for split, base, paths in chosen:
                 for path in paths:
-                    (root / split / folder.name / path.name).symlink_to(path.resolve())
+                    link = root / split / path.relative_to(base)
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(path.resolve())
         if not (root / "val").is_dir():
             raise ValueError(f"{source}: nothing to validate on: give fewer shots than {shots}, or a val/ beside test/")
+
+
+def by_class(split: Path | None) -> dict[str, list[Path]]:
+    """Return a split's images by class, which is the name of the folder that they lie in; none where it is None."""
+    classes: dict[str, list[Path]] = defaultdict(list)
+    for path in images_in(split) if split else ():
+        if path.parent != split:
+            classes[path.parent.name].append(path)
+    return classes
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -367,7 +367,9 @@ MISTAKES = {
     "dataset=hfds": "dataset='hfds'",
     "dataset=torch/cifar10 data=": "dataset='torch/cifar10' needs data=FOLDER",
     "loss=bce label_smoothing=1": "label_smoothing=1: loss=bce takes less than 1",
-    "epoch_samples=5": "epoch_samples=5: only pictures of dataset=fractals or dataset=contours",
+    "epoch_samples=5": "epoch_samples=5 with dataset='': only pictures of dataset=fractals or dataset=contours",
+    "instances=2 dataset=contour": "instances=2 with dataset='contour': only pictures of dataset=fractals",
+    "pretrained=true checkpoint=a.safetensors": "checkpoint=a.safetensors: both say what to start from",
 }
 
 

@@ -112,6 +112,29 @@ def test_images_of_any_kind_and_splits_of_any_name_are_taken(tmp_path):
         run_proxies.survey(drawings(tmp_path / "alone", "train"))
 
 
+def test_classes_lie_in_any_folder_below_a_split(tmp_path):
+    source = drawings(tmp_path / "icons", "train", "val", "test")
+    for split in ("train", "test"):
+        (source / split / "group").mkdir()
+        (source / split / "a").rename(source / split / "group" / "a")
+    transfer.choose(source, tmp_path / "few", 3, 0)
+    for split, count in (("train", 3), ("val", 8), ("test", 8)):
+        where = Path("group/a") if split != "val" else Path("a")
+        assert len(list((tmp_path / "few" / split / where).iterdir())) == count
+        assert len(list((tmp_path / "few" / split / "b").iterdir())) == count
+    assert run_proxies.survey(tmp_path / "few")[0] == run_proxies.survey(source)[0]
+
+
+def test_all_images_without_a_val_are_validated_on_a_fifth(tmp_path):
+    source = drawings(tmp_path / "icons", "train", "test")
+    for image in sorted((source / "train" / "a").iterdir())[1:]:
+        image.unlink()
+    folders = {"runs": tmp_path / "runs", "out": tmp_path / "out", "end": 0.0}
+    args = SimpleNamespace(arms=["test_glattn:scratch"], config=RECIPE, lr=[0.001], seeds=None, **folders)
+    few = transfer.Transfer("icons", transfer.Task(str(source), 0, (0,), ()), args).chosen_data(0)
+    assert [len(names(few / split)) for split in ("train", "val", "test")] == [8, 1, 16]
+
+
 DRAWN = "dataset: contours\nimage_size: 32\n"
 
 
@@ -203,6 +226,32 @@ def test_weights_that_do_not_load_leave_the_packages_alone(tmp_path, monkeypatch
     assert make_weights.main() == 1
     assert capsys.readouterr().err == "make_weights: of another shape\n"
     assert package.read_bytes() == b"whole"
+    assert not (tmp_path / "docs").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("best/metrics.json", '{"top1": 1.0}', "no epoch and top1 in it"),
+        ("best/metrics.json", "{", "no epoch and top1 in it"),
+        ("config.yaml", "", "its images, None, are not"),
+        ("config.yaml", ": : [", "is no YAML"),
+        ("config.yaml", "dataset: contours\n", "image_size is None"),
+    ],
+)
+def test_a_broken_run_folder_is_one_line_and_changes_nothing(tmp_path, monkeypatch, capsys, file, text, said):
+    pretrained(tmp_path / "run")
+    for name in make_weights.RECORD:
+        (tmp_path / "run" / name).write_text(f"checkpoint: ''\n{DRAWN}")
+    (tmp_path / "run" / file).write_text(text)
+    monkeypatch.setattr(make_weights, "copy_file", lambda *_: pytest.fail("the package's weights are overwritten"))
+    monkeypatch.setattr(make_weights, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_weights.py", str(tmp_path / "run")])
+    assert make_weights.main() == 1
+    error = capsys.readouterr().err
+    assert f"{file}: " in error or f"{file} " in error or said.startswith("its images")
+    assert said in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "docs").exists()
 
 
@@ -360,7 +409,8 @@ def test_what_is_no_arm_is_said(trained, arm, capsys):
     [
         (("nosuch:scratch",), "nosuch:scratch: timm knows no model 'nosuch'"),
         (("glattn_tiny:pretrained",), "glattn_tiny: no pretrained weights of it in this package"),
-        ((ARMS[1], "--tasks", "two", "data/two-3shot"), "data/two-3shot: give the name of a folder in data/"),
+        ((ARMS[1], "--tasks", "two", "data/two-3shot"), "'data/two-3shot': give the name of a folder in data/"),
+        ((ARMS[1], "--tasks", ""), "'': give the name of a folder in data/"),
         ((ARMS[1], "--tasks", "two", "typo-3shot"), "data/typo: no such folder"),
     ],
 )
@@ -390,6 +440,31 @@ def test_runs_that_began_with_other_weights_are_not_mixed(trained, capsys):
     assert main(ARMS[2]) == 1
     error = capsys.readouterr().err
     assert "other weights" in error
+    assert "runs.csv" in error
+    assert error.count("\n") == 1
+
+
+def test_an_arm_that_never_ran_begins_with_other_weights(trained):
+    main, commands, root = trained
+    assert main(ARMS[2], "--minutes", "1e-12") == 0
+    before = (root / "out" / "two" / "starts.json").read_text()
+    pretrained(root / "resnet")
+    assert main(ARMS[2]) == 0
+    assert commands
+    assert (root / "out" / "two" / "starts.json").read_text() != before
+
+
+def test_why_a_training_failed_is_said(trained, monkeypatch, capsys):
+    main, _, _ = trained
+
+    def fail(command, stdout, **_):
+        stdout.write("epoch 1\nglattn train: no such thing\n\n")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(run_proxies.subprocess, "run", fail)
+    assert main(ARMS[0], "--lr", "0.001") == 1
+    error = capsys.readouterr().err
+    assert "training failed: glattn train: no such thing; see " in error
     assert error.count("\n") == 1
 
 

@@ -252,6 +252,14 @@ def test_other_weights_carry_no_names_of_theirs(tmp_path):
     assert "contour0" not in (tmp_path / "pushed" / "config.json").read_text()
 
 
+@pytest.mark.parametrize("classes", [0, 10])
+def test_another_classifier_has_no_names_of_theirs(classes):
+    model = timm.create_model("glattn_atto", pretrained=True, num_classes=classes)
+    assert not model.pretrained_cfg.get("label_names")
+    kept = timm.create_model("glattn_atto", pretrained=True, num_classes=1000)
+    assert len(kept.pretrained_cfg["label_names"]) == 1000
+
+
 def test_timms_own_loader_takes_any_file_by_the_familys_filter(tmp_path):
     mine = timm.create_model("glattn_atto")
     save_file(mine.state_dict(), tmp_path / "mine.safetensors")
@@ -262,7 +270,9 @@ def test_timms_own_loader_takes_any_file_by_the_familys_filter(tmp_path):
 
 def test_another_mechanism_starts_from_what_it_shares_with_them(tmp_path):
     other = {"position": "rope", "num_classes": 3}
-    with pytest.raises(ValueError, match=r"keys are not in this model; .* made with position='conv'"):
+    with pytest.raises(
+        ValueError, match=r"keys are not in this model; .* made with position='conv', .*; pretrained_strict=False loads"
+    ):
         timm.create_model("glattn_atto", pretrained=True, **other)
     theirs = timm.create_model("glattn_atto", pretrained=True).state_dict()
     model = timm.create_model("glattn_atto", pretrained=True, pretrained_strict=False, **other)

@@ -362,7 +362,10 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
             ),
             **kwargs,
         )
-    if isinstance(model, GLAttn):  # a wrapper for features has no use for either
+    if isinstance(model, GLAttn):  # a wrapper for features has no use for what follows
+        names = model.pretrained_cfg.get("label_names")
+        if names and len(names) != model.num_classes:
+            del model.pretrained_cfg["label_names"]  # of a classifier that was not kept
         check_pooled(model.num_classes, model.head.global_pool.pool_type)
     return model
 

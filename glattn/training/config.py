@@ -143,11 +143,13 @@ class TrainConfig:
             raise ValueError("label_smoothing=1: loss=bce takes less than 1")
         if self.resume not in ("", "auto"):
             raise ValueError(f"resume={self.resume!r}: allowed is 'auto' or nothing")
-        kinds = " or ".join(f"dataset={name}" for name in DRAWN)
-        if self.instances > 1 and self.dataset not in DRAWN:
-            raise ValueError(f"instances={self.instances}: only pictures of {kinds} show several classes")
-        if self.epoch_samples != type(self).epoch_samples and self.dataset not in DRAWN:
-            raise ValueError(f"epoch_samples={self.epoch_samples}: only pictures of {kinds} are as many as asked")
+        for name, what in (("instances", "show several classes"), ("epoch_samples", "are as many as asked")):
+            if getattr(self, name) != getattr(type(self), name) and self.dataset not in DRAWN:
+                kinds = " or ".join(f"dataset={kind}" for kind in DRAWN)
+                given = f"{name}={getattr(self, name)} with dataset={self.dataset!r}"
+                raise ValueError(f"{given}: only pictures of {kinds} {what}")
+        if self.pretrained and self.checkpoint:
+            raise ValueError(f"pretrained=true and checkpoint={self.checkpoint}: both say what to start from; give one")
         if not self.teacher:
             for name in OF_TEACHER:
                 if getattr(self, name) != getattr(type(self), name):
