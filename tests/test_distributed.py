@@ -167,6 +167,19 @@ def test_launches_that_would_go_wrong_are_refused(kind, launched, message, monke
         distributed.start_accelerator(TrainConfig())
 
 
+def test_another_precision_of_the_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"launched with mixed_precision=bf16, but precision=no"):
+        distributed.start_accelerator(TrainConfig())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_parts_of_a_batch_are_as_many_as_the_recipe_says(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator = distributed.start_accelerator(TrainConfig(accumulate=2, tracker="none"))
+    assert accelerator.gradient_accumulation_steps == 2
+
+
 @pytest.mark.usefixtures("one_process")
 def test_a_checkpointed_batch_counts_once():
     model = timm.create_model("test_glattn").train()

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import timm
 import torch
+from models import scripted
 
 from glattn.models.variants import VARIANTS
 
@@ -31,6 +32,12 @@ def test_an_encoder_takes_features_as_a_dictionary():
     encoder = smp.encoders.get_encoder(stem_encoder("test_glattn", feature_cls="dict"), depth=5).eval()
     maps = encoder(torch.randn(1, 3, 64, 96))
     assert [64 // m.shape[2] for m in maps] == [1, 2, 4, 8, 16, 32]
+
+
+def test_a_decoder_on_the_stem_s_map_is_scripted():
+    model = smp.Unet(stem_encoder("test_glattn"), encoder_weights=None, classes=2).eval()
+    x = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(scripted(model)(x), model(x))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from models import scripted
 from timm.layers.norm_act import FrozenBatchNorm2d
 from torch import nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -26,6 +27,22 @@ def test_levels_have_their_names_channels_and_sizes(extra, size):
     start = {"pool": 4, "p6p7": 8}[extra]
     for i, level in enumerate(levels.values()):
         assert level.shape == (2, 24, *(-(-side // (start * 2**i)) for side in size))
+
+
+@pytest.mark.parametrize("name", ["test_glattn", "resnet18", "swin_tiny_patch4_window7_224"])
+def test_heads_are_scripted(name):
+    options = {"img_size": (64, 96), "window_size": 2} if name.startswith("swin") else {}
+    x = torch.randn(2, 3, 64, 96)
+    for head in (fpn_backbone, partial(unetformer, num_classes=2)):
+        model = head(name, **options).eval()
+        torch.testing.assert_close(scripted(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:RCNN always returns:UserWarning")
+def test_a_detector_is_scripted():
+    detector = FasterRCNN(fpn_backbone("test_glattn"), num_classes=3, min_size=64, max_size=96).eval()
+    images = [torch.rand(3, 80, 100)]
+    torch.testing.assert_close(scripted(detector)(images)[1], detector(images))
 
 
 @pytest.mark.parametrize("feature_cls", ["dict", "hook", "getter", "fx"])

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -316,6 +317,21 @@ def test_push_refuses_what_would_not_load(tmp_path, model):
     with pytest.raises(ValueError, match=r"^FeatureListNet gives features alone; push the whole model$"):
         push(features, "org/name", dry_run=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 0}, {"num_classes": 0, "global_pool": ""}, {"in_chans": 1},
+                                     {"in_chans": 4}, {"in_chans": 6}])  # fmt: skip
+def test_a_cards_code_runs_whatever_the_model_reads_and_gives(tmp_path, options):
+    push(timm.create_model(NAME, **options), "org/name", dry_run=tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "0 classes" not in card.replace("1000 classes", "")
+    assert ("pipeline_tag: image-feature-extraction" in card) == (options.get("num_classes") == 0)
+    assert "transformers" not in card
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    said: dict[str, Any] = {}
+    exec("\n".join(blocks).replace("hf-hub:org/name", f"local-dir:{tmp_path}"), said)
+    assert said["model"].num_classes == 5
+    assert said["batch"].shape[1] == options.get("in_chans", 3)
 
 
 def test_dry_run_again_updates_and_keeps_an_edited_card(tmp_path, model, image):

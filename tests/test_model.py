@@ -510,3 +510,12 @@ def test_the_mixer_by_hand():
 
     expected = norm(nn.functional.conv2d(local + globe, mixer.proj.conv.weight), mixer.proj.bn)
     torch.testing.assert_close(mixer(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (64, 64), (1, 1, 3, 64, 64)])
+def test_an_image_without_a_batch_dimension_is_told(shape):
+    model = timm.create_model("test_glattn").eval()
+    for net in (model, timm.utils.reparameterize_model(model).to(memory_format=torch.channels_last)):
+        for _ in range(3):  # a folded model lays out weights at the second
+            with torch.no_grad(), pytest.raises(ValueError, match=rf"expected 4 dimensions, .*, got {len(shape)}"):
+                net(torch.randn(shape))

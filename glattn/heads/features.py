@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from timm.layers import Format, nhwc_to
+from timm.layers import Format
 from torch import Tensor, nn
 
 
@@ -11,8 +11,17 @@ def feature_maps(body: nn.Module, x: Tensor) -> list[Tensor]:
     """Return the ``(B, C, H, W)`` maps, the finest first, of a timm model made with ``features_only=True``."""
     out: list[Tensor] | dict[str, Tensor] = body(x)
     maps = list(out.values()) if isinstance(out, dict) else out  # of feature_cls="dict"
-    nhwc = getattr(body, "output_fmt", None) == Format.NHWC
-    return [nhwc_to(each, Format.NCHW) for each in maps] if nhwc else maps
+    return in_nchw(maps, is_nhwc(body))
+
+
+def is_nhwc(body: nn.Module) -> bool:
+    """Tell whether a timm model made with ``features_only=True`` gives its maps as ``(B, H, W, C)``."""
+    return getattr(body, "output_fmt", None) == Format.NHWC
+
+
+def in_nchw(maps: list[Tensor], nhwc: bool) -> list[Tensor]:
+    """Return maps in NCHW, in TorchScript too; ``nhwc`` tells whether they are in NHWC."""
+    return [each.permute(0, 3, 1, 2) for each in maps] if nhwc else maps
 
 
 def placement(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Feature pyramids for torchvision's detectors: torchvision's own FPN (arXiv:1612.03144) on timm's features."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
+import torch
 from timm.layers import freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from glattn.config import check_choice
-from glattn.heads.features import feature_maps, placement
+from glattn.heads.features import feature_maps, in_nchw, is_nhwc, placement
 
 
 def _pool(in_channels: int, out_channels: int) -> ExtraFPNBlock:
@@ -64,6 +64,7 @@ class FPNBackbone(nn.Module):
         info: FeatureInfo = body.feature_info  # type: ignore[assignment]
         channels = info.channels()
         self.body = freeze_batch_norm_2d(body) if frozen_bn else body
+        self.nhwc = is_nhwc(body)
         self.fpn = FeaturePyramidNetwork(
             channels, out_channels, EXTRAS[extra][0](channels[-1], out_channels), norm_layer
         )
@@ -82,7 +83,14 @@ class FPNBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the levels, the finest first."""
-        return self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(feature_maps(self.body, x))))
+        if torch.jit.is_scripting():
+            maps = in_nchw(self.body(x), self.nhwc)
+        else:
+            maps = feature_maps(self.body, x)
+        named: dict[str, Tensor] = {}  # no comprehension: TorchScript
+        for i, feature in enumerate(maps):
+            named[str(i)] = feature
+        return self.fpn(named)
 
 
 def fpn_backbone(

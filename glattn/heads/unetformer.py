@@ -17,7 +17,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from glattn.config import MixerConfig
-from glattn.heads.features import feature_maps, placement
+from glattn.heads.features import feature_maps, in_nchw, is_nhwc, placement
 from glattn.layers import ConvNorm, GlobalLocalAttention, GlobalLocalBlock, Mlp
 from glattn.layers.layout import upsample
 from glattn.models.glattn import image_size
@@ -142,7 +142,7 @@ class UNetFormerDecoder(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         """Return the logits at the finest map's size."""
         x = self.lateral(features[-1])
-        for i, (block, fusion) in enumerate(zip(self.blocks, self.fusions, strict=True)):
+        for i, (block, fusion) in enumerate(zip(self.blocks, self.fusions)):  # noqa: B905 (TorchScript)
             x = fusion(block(x), features[-2 - i])
         return self.classifier(self.head(self.refine(x)))
 
@@ -162,13 +162,18 @@ class UNetFormer(nn.Module):
         super().__init__()
         info: FeatureInfo = backbone.feature_info  # type: ignore[assignment]
         self.backbone = backbone
+        self.nhwc = is_nhwc(backbone)
         self.decoder = UNetFormerDecoder(
             info.channels(), num_classes=num_classes, reductions=info.reduction(), **options
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the classes' logits a pixel."""
-        logits = self.decoder(feature_maps(self.backbone, x))
+        if torch.jit.is_scripting():
+            maps = in_nchw(self.backbone(x), self.nhwc)
+        else:
+            maps = feature_maps(self.backbone, x)
+        logits = self.decoder(maps)
         return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=False)
 
 

@@ -110,16 +110,18 @@ def model_card(model: nn.Module, name: str, config: Mapping[str, Any], record: R
     cfg = config["pretrained_cfg"]
     ours = type(model).__module__.startswith("glattn.")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
+    classes = config["num_classes"]
     sections = [
         f"# {name}",
-        f"`{config['architecture']}`, an image classifier of {millions:.1f}M parameters and "
-        f"{config['num_classes']} classes, for [timm](https://github.com/huggingface/pytorch-image-models)"
+        f"`{config['architecture']}`, an image {'classifier' if classes else 'backbone'} of {millions:.1f}M parameters"
+        + (f" and {classes} classes" if classes else "")
+        + ", for [timm](https://github.com/huggingface/pytorch-image-models)"
         + (" with `glattn`." if ours else "."),
         *([_FORMULA.format(**_KINDS[record.dataset])] if record.dataset in _KINDS else []),
         *([record.notes] if record.notes else []),
         *_measured(record),
         "## Use",
-        _usage(name, cfg, ours),
+        _usage(name, config, ours),
         *_training(record),
         "## Input",
         _table(("what", "value"), _input_rows(model, cfg)),
@@ -158,11 +160,13 @@ def _metadata(name: str, config: Mapping[str, Any], record: Record, ours: bool) 
         for key in ("top1", "top5")
         if dataset and key in record.metrics
     ]
+    task = "image-classification" if config["num_classes"] else "image-feature-extraction"
+    pipeline = ["transformers"] if _has_pipeline(config) else []
     return ModelCardData(
         license=config["pretrained_cfg"].get("license", "apache-2.0"),
         library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "transformers", *(["glattn"] if ours else [])],
+        pipeline_tag=task,
+        tags=[task, "timm", *pipeline, *(["glattn"] if ours else [])],
         datasets=[dataset] if dataset else None,
         model_name=title if results else None,
         eval_results=results or None,
@@ -196,13 +200,40 @@ _KINDS: Mapping[str | None, dict[str, str]] = {
 _METRICS = {"top1": "top-1 accuracy, %", "top5": "top-5 accuracy, %", "images": "images", "epoch": "epoch"}
 
 
-def _usage(name: str, cfg: Mapping[str, Any], ours: bool) -> str:
-    channels = cfg["input_size"][0]
-    mode = {1: "L", 4: "RGBA"}.get(channels, "RGB")
+def _has_pipeline(config: Mapping[str, Any]) -> bool:
+    """Tell whether transformers' pipeline takes the model: a classifier of RGB images."""
+    return bool(config["num_classes"]) and config["pretrained_cfg"]["input_size"][0] == 3
+
+
+def _usage(name: str, config: Mapping[str, Any], ours: bool) -> str:
+    channels, height, width = config["pretrained_cfg"]["input_size"]
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
+    picture = f"""image = Image.new("{mode}", (320, 240))  # or Image.open("picture.jpg").convert("{mode}")
+batch = transform(image).unsqueeze(0)"""
+    drawn = f"batch = torch.rand(1, {channels}, {height}, {width})  # or images of yours, normalised as below"
+    answer = """with torch.inference_mode():
+    probabilities = model(batch).softmax(dim=-1)[0]
+
+names = model.pretrained_cfg.get("label_names") or range(model.num_classes)
+for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
+    print(f"{probability:.3f} {names[int(index)]}")"""
+    features = """with torch.inference_mode():
+    print(model(batch).shape)"""
+    pooled = ', global_pool="avg"' if config.get("model_args", {}).get("global_pool") == "" else ""
     imports = "import glattn  # registers the architecture with timm\n" if ours else ""
     backbone = f'timm.create_model("hf-hub:{name}", pretrained=True, features_only=True)'
     repo, _, revision = name.partition("@")
     pinned = f', revision="{revision}"' if revision else ""
+    transformers = f"""
+
+With transformers:
+
+```python
+{imports}from transformers import pipeline
+
+classify = pipeline("image-classification", model="{repo}"{pinned})
+print(classify(image))
+```"""
     install = "pip install glattn" if ours else "pip install timm"
     return f"""```sh
 {install}
@@ -217,30 +248,16 @@ model = timm.create_model("hf-hub:{name}", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
 
-image = Image.new("{mode}", (320, 240))  # or Image.open("picture.jpg").convert("{mode}")
-with torch.inference_mode():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)[0]
-
-names = model.pretrained_cfg.get("label_names") or range(model.num_classes)
-for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
-    print(f"{{probability:.3f}} {{names[int(index)]}}")
+{picture if mode else drawn}
+{answer if config["num_classes"] else features}
 ```
 
 Another number of classes, and features of every stage:
 
 ```python
-model = timm.create_model("hf-hub:{name}", pretrained=True, num_classes=5)
+model = timm.create_model("hf-hub:{name}", pretrained=True, num_classes=5{pooled})
 backbone = {backbone}
-```
-
-With transformers:
-
-```python
-{imports}from transformers import pipeline
-
-classify = pipeline("image-classification", model="{repo}"{pinned})
-print(classify(image))
-```"""
+```{transformers if _has_pipeline(config) else ""}"""
 
 
 def _training(record: Record) -> list[str]:

@@ -113,7 +113,12 @@ def strided(
     """A convolution that is computed in float32 where oneDNN misreads it, see `is_misread`.
 
     What is compiled, traced or exported has no such branch.
+
+    Raises:
+        ValueError: There is no batch dimension, or one too many.
     """
+    if x.dim() != 4:  # a model's first convolution is strided: what comes behind it would say less
+        raise ValueError(f"expected 4 dimensions, (B, C, H, W), got {x.dim()}; a single image is x.unsqueeze(0)")
     if sizes_are_known() and is_misread(x, weight, stride, padding, dilation):
         wide_bias = bias if bias is None else bias.float()
         if torch.jit.is_scripting():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, LoggerType, ProjectConfiguration, parse_flag_from_env
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -38,11 +38,15 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if cpu and config.precision == "fp16":
         raise ValueError("precision=fp16: a CPU does not train in it; give bf16 or no")
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of accelerate's launcher
+    if asked not in ("no", config.precision):
+        raise ValueError(f"launched with mixed_precision={asked}, but precision={config.precision}; give both the same")
     try:
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulate,
+            # not as gradient_accumulation_steps, which a variable of the environment overrules
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
             log_with=None if tracker == "none" else tracker,
             project_config=ProjectConfiguration(logging_dir=config.run or "."),  # trackers start later, in the folder
             step_scheduler_with_optimizer=False,
