@@ -313,7 +313,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 # other; ``input_size`` stays the family's, though those were of 64 pixels a side
 _SHIPPED = {
     "glattn_atto": ("fractal1k_ft_contour1k_64", "fractal1k_64"),
-    "glattn_pico": ("fractal1k_64",),
+    "glattn_pico": ("fractal1k_ft_contour1k_64", "fractal1k_64"),
 }
 _PAPERS = {"fractal": ("arXiv:2101.08515", "arXiv:2110.03091"), "contour": ("arXiv:2206.09132",)}
 
