@@ -51,6 +51,7 @@ GAINS = {  # by name: where the weights' gain is measured
     "glattn_atto.fractal1k_64": "transfer",
     "glattn_atto.fractal1k_ft_contour1k_64": "transfer-contours",
     "glattn_pico.fractal1k_64": "transfer-pico",
+    "glattn_pico.fractal1k_ft_contour1k_64": "transfer-pico",
 }
 
 
@@ -418,18 +419,19 @@ def ablation() -> str:
 
 
 def transferred(
-    folder: str,
+    folder: str, first: str = ""
 ) -> tuple[dict[tuple[str, str], dict[str, str]], dict[tuple[str, str], list[dict[str, str]]]]:
     """Return what transfer.py found by task and arm: the comparison with the first one; the runs at the chosen rate.
 
-    The first arm of a task is that of its first comparison.
+    The first arm of a task is that of its first comparison, if no other is asked for.
     """
     compared: dict[tuple[str, str], dict[str, str]] = {}
     arms: dict[tuple[str, str], list[dict[str, str]]] = {}
     for task in TASKS:
         if (ROOT / "docs" / "results" / folder / task / "comparisons.csv").exists():
             rows = read(f"{folder}/{task}/comparisons.csv")
-            compared |= {(task, row["other"]): row for row in rows if row["model"] == rows[0]["model"]}
+            mine = first or rows[0]["model"]
+            compared |= {(task, row["other"]): row for row in rows if row["model"] == mine}
             for row in read(f"{folder}/{task}/runs.csv"):
                 if row["chosen"] == "yes":
                     arms.setdefault((task, row["model"]), []).append(row)
@@ -491,11 +493,11 @@ saw {seen.total():,} pictures{f", {kinds}" if kinds else ""}:
 def when_it_helps(name: str, folder: Path) -> str:
     """Return, for a card, what a model gained by its weights, ``VARIANT.TAG``, on each task, and how they began."""
     model, arm, measured = name.partition(".")[0], f"{name}:pretrained", GAINS[name]
-    compared, arms = transferred(measured)
+    compared, arms = transferred(measured, arm)
     rows, digest = [], start_digest(arm)
     for (task, other), row in sorted(compared.items(), key=lambda item: list(TASKS).index(item[0][0])):
         scratch, _, times = other.partition("*")
-        if (row["model"], scratch) == (arm, f"{model}:scratch"):
+        if scratch == f"{model}:scratch":
             starts = json.loads((ROOT / "docs" / "results" / measured / task / "starts.json").read_text())
             if starts[row["model"]] != digest:
                 raise ValueError(
@@ -508,6 +510,8 @@ def when_it_helps(name: str, folder: Path) -> str:
             means = [mean_top1([run for run in runs if run["seed"] in seeds]) for runs in both]
             by_seed = ", ".join(f"{tests[0][seed] - tests[1][seed]:+.1f}" for seed in seeds)
             rows.append([shown, *means, *difference(row)[:2], by_seed])
+    if not rows:
+        raise ValueError(f"docs/results/{measured}: no comparison of {arm} with scratch; transfer.py first")
     head = ("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests", "gained by seed")
     table = markdown(head, rows)
     _, again = transferred("in-place/transfer")
@@ -566,7 +570,7 @@ def results() -> str:
         "choice": choice(),
         "widths": widths(),
         **{folder: searched(folder) for folder in ("designs", "slimmer")},
-        **{folder: transfer(folder) for folder in (*GAINS.values(), "transfer-peers")},
+        **{folder: transfer(folder) for folder in (*dict.fromkeys(GAINS.values()), "transfer-peers")},
         "transfer-more": transfer("in-place/transfer"),
         "pretraining": pretraining("transfer-peers"),
         "pretraining-contours": pretraining("transfer-contours"),

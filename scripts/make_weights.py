@@ -99,10 +99,12 @@ def made_of(runs: Sequence[Path]) -> tuple[str, str]:
     """
     configs = [read_recipe(run / "config.yaml") for run in runs]
     for run, config in zip(runs, configs, strict=True):
-        if config.get("dataset") not in FORMULAS:
-            raise ValueError(f"{run}: its images, {config.get('dataset')!r}, are not {' or '.join(FORMULAS)}")
+        if config.get("dataset") not in list(FORMULAS):
+            raise ValueError(
+                f"{run / 'config.yaml'}: its images, {config.get('dataset')!r}, are not {' or '.join(FORMULAS)}"
+            )
     side = configs[0].get("image_size")
-    if not isinstance(side, int):
+    if type(side) is not int:
         raise ValueError(f"{runs[0] / 'config.yaml'}: image_size is {side!r}, not a number of pixels")
     kinds = [f"{dataset.removesuffix('s')}1k" for dataset, _ in groupby(config["dataset"] for config in configs[::-1])]
     return f"{'_ft_'.join(kinds)}_{side}", configs[0]["dataset"]

@@ -166,15 +166,16 @@ class Proxies:
             f"data={data}", *self.start(model), f"lr={lr}", f"seed={seed}", "resume=auto",
         ]  # fmt: skip
         with (self.runs / f"{folder.name}.log").open("a") as log:
+            before = log.tell()
             status = subprocess.run([*command, f"run={folder}"], stdout=log, stderr=log, check=False).returncode
             if status in CRASHES:
                 folder = folder.with_name(f"{folder.name}-nchw")
                 command.append("channels_last=false")
                 status = subprocess.run([*command, f"run={folder}"], stdout=log, stderr=log, check=False).returncode
         if status:
-            said = Path(log.name).read_text(errors="replace").split("\n")
-            last = next((line.strip() for line in reversed(said) if line.strip()), "not a word")
-            raise TrainingError(f"training failed: {last}; see {log.name}")
+            said = Path(log.name).read_bytes()[before:].decode(errors="replace").strip()
+            why = f"signal {-status}" if status < 0 else said.rpartition("\n")[2] or f"status {status}"
+            raise TrainingError(f"training failed: {why}; see {log.name}")
         seconds = time.monotonic() - begun
         row = {"model": model, "data": self.data, "lr": repr(lr), "seed": str(seed), "chosen": ""}
         row |= {"settings": self.settings, "seconds": f"{seconds:.0f}", "digest": self.digest}
@@ -205,7 +206,7 @@ class Proxies:
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""
         recipe = [self.args.config.stem, self.recipe_digest(), *self.args.settings]
-        parts = [words(model), repr(lr), f"seed{seed}", *recipe]
+        parts = [*re.findall(r"[\w.]+", model), repr(lr), f"seed{seed}", *recipe]
         return self.runs / "-".join(parts).replace("/", "_")
 
     def rows_of(self, model: str) -> list[Row]:
@@ -260,11 +261,6 @@ class Proxies:
             "points": f"{difference.points:.2f}", "low": f"{difference.low:.2f}", "high": f"{difference.high:.2f}",
             "authors": str(difference.authors), "verdict": difference.verdict, "settings": self.settings,
         }  # fmt: skip
-
-
-def words(model: str) -> str:
-    """Return what the names of a model's run folders begin with."""
-    return "-".join(re.findall(r"[\w.]+", model))
 
 
 def has_test(source: Path) -> bool:

@@ -24,7 +24,7 @@ import timm
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv, words
+from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv
 from timm.models._registry import split_model_name_tag
 
 import glattn  # noqa: F401
@@ -111,8 +111,10 @@ class Transfer(Proxies):
 
     def begun(self, arm: str) -> bool:
         """Tell whether there is a run of an arm, or a row of one."""
-        folders = (path for path in self.runs.glob(f"{words(arm)}-*") if path.is_dir())
-        return any(row["model"] == arm for row in self.rows) or any(folders)
+        name = re.escape("-".join(re.findall(r"[\w.]+", arm)))
+        folders = [path.name for path in self.runs.iterdir() if path.is_dir()]
+        ran = any(re.match(rf"{name}-\d[\d.]*(e-?\d+)?-seed", folder) for folder in folders)
+        return ran or any(row["model"] == arm for row in self.rows)
 
     def run(self) -> bool:
         """Note what the arms start from, and do what is missing."""
@@ -234,7 +236,8 @@ def choose(source: Path, target: Path, shots: int, seed: int) -> None:
                     link.parent.mkdir(parents=True, exist_ok=True)
                     link.symlink_to(path.resolve())
         if not (root / "val").is_dir():
-            raise ValueError(f"{source}: nothing to validate on: give fewer shots than {shots}, or a val/ beside test/")
+            fewer = f"fewer shots than {shots}, or " if shots else ""
+            raise ValueError(f"{source}: nothing to validate on: give {fewer}a val/ beside test/")
 
 
 def by_class(split: Path | None) -> dict[str, list[Path]]:

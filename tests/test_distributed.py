@@ -169,8 +169,16 @@ def test_launches_that_would_go_wrong_are_refused(kind, launched, message, monke
 
 def test_another_precision_of_the_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(ValueError, match=r"launched with mixed_precision=bf16, but precision=no"):
+    with pytest.raises(ValueError, match=r"mixed_precision=bf16, the run precision=no; give precision=bf16"):
         distributed.start_accelerator(TrainConfig())
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("asked", ["", "no", "bf16"])
+def test_a_launcher_that_asks_for_no_other_precision_is_taken(monkeypatch, asked):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    accelerator = distributed.start_accelerator(TrainConfig(precision="bf16", tracker="none"))
+    assert accelerator.mixed_precision == "bf16"
 
 
 @pytest.mark.usefixtures("one_process")

@@ -26,8 +26,8 @@ def test_the_whole_family_is_there_smallest_first(capsys):
 
 def test_a_pattern_chooses_and_parameters_are_a_count(capsys):
     listed = rows(capsys, "glattn_[apn]*o")
-    atto = ["fractal1k_ft_contour1k_64", "fractal1k_64"]
-    weights = {"glattn_atto": atto, "glattn_pico": ["fractal1k_64"], "glattn_nano": ["-"]}
+    tags = ["fractal1k_ft_contour1k_64", "fractal1k_64"]
+    weights = {"glattn_atto": tags, "glattn_pico": tags, "glattn_nano": ["-"]}
     assert list(listed) == list(weights)
     for name in listed:
         model = timm.create_model(name)

@@ -1,5 +1,6 @@
 """Runs killed, starved of disk and damaged: resumed, they end to the bit where a run never interrupted ends."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -15,6 +16,8 @@ from training_runs import SMALL, assert_same, assert_same_run
 
 from glattn.files import write_text
 from glattn.training.checkpoint import export, list_states, load_state, save_state
+from glattn.training.config import TrainConfig
+from glattn.training.progress import refuse_changed
 
 # everything that draws random numbers or keeps a state of its own; a checkpoint after every step: 3 an epoch
 RICH = (*SMALL, "epochs=2", "lr=0.03", "workers=1", "ema_decay=0.5", "drop_path_rate=0.2", "drop_rate=0.1", "mixup=0.4",
@@ -281,6 +284,16 @@ def test_a_run_is_never_overwritten(images, reference):
         f"glattn train: {reference} holds a run already; --resume auto goes on with it, or give another run=FOLDER"
     ]
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
+
+
+def test_a_run_of_both_starts_goes_on_with_the_one_that_counted():
+    """Once, nothing refused both."""
+    state = {
+        "config": dataclasses.asdict(TrainConfig(checkpoint="a.safetensors", run="runs/mine")) | {"pretrained": True}
+    }
+    refuse_changed(state, TrainConfig(checkpoint="a.safetensors", run="runs/mine"), {})
+    with pytest.raises(ValueError, match=r"started with other options: checkpoint"):
+        refuse_changed(state, TrainConfig(pretrained=True, run="runs/mine"), {})
 
 
 def test_other_options_are_refused(images, halted, tmp_path):

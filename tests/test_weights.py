@@ -24,8 +24,10 @@ from glattn.training.pretrain import FormulaSource
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTOURS = "glattn_atto.fractal1k_ft_contour1k_64"
-MB = {CONTOURS: 8, "glattn_atto.fractal1k_64": 8, "glattn_pico.fractal1k_64": 18}  # at most, of what the package has
-DEFAULTS = {"glattn_atto": CONTOURS, "glattn_pico": "glattn_pico.fractal1k_64"}
+PICO = "glattn_pico.fractal1k_ft_contour1k_64"
+# at most, of what the package has
+MB = {CONTOURS: 8, "glattn_atto.fractal1k_64": 8, PICO: 18, "glattn_pico.fractal1k_64": 18}
+DEFAULTS = {"glattn_atto": CONTOURS, "glattn_pico": PICO}
 SHIPPED = pytest.mark.parametrize("name", MB)
 WAYS = pytest.mark.parametrize("create", [timm.create_model, glattn.create_model], ids=["timm", "glattn"])
 
@@ -147,7 +149,8 @@ def test_the_record_is_of_enough_pictures_and_its_card_says_so(name):
         assert f"{record.seen:,}" in card
         assert str(record.environment["commit"]) in card
     assert seen >= 2_000_000
-    assert kinds == ["contours"] * (name == CONTOURS) + ["fractals"] * (len(kinds) - (name == CONTOURS))
+    went_on = int(name in (CONTOURS, PICO))
+    assert kinds == ["contours"] * went_on + ["fractals"] * (len(kinds) - went_on)
     for said in (f"hf-hub:{HUB}/{name}", "no photograph", f"{seen:,}",
                  "without fine-tuning they predict nothing", "## When it helps"):  # fmt: skip
         assert said in card
@@ -274,6 +277,8 @@ def test_another_mechanism_starts_from_what_it_shares_with_them(tmp_path):
         ValueError, match=r"keys are not in this model; .* made with position='conv', .*; pretrained_strict=False loads"
     ):
         timm.create_model("glattn_atto", pretrained=True, **other)
+    with pytest.raises(ValueError, match=r"position='rope'$"):  # other shapes of what they share: it would fail
+        timm.create_model("glattn_atto", pretrained=True, mlp_ratio=2.0, **other)
     theirs = timm.create_model("glattn_atto", pretrained=True).state_dict()
     model = timm.create_model("glattn_atto", pretrained=True, pretrained_strict=False, **other)
     mine = model.state_dict()

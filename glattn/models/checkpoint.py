@@ -66,9 +66,7 @@ def checkpoint_filter_fn(
         if hasattr(module, "resize_state"):
             module.resize_state(tensors, f"{name}." if name else "")
     adapted = _take_source_sizes(tensors, model, cfg, features_only)
-    difference = _difference(model, cfg, path)
-    looser = f"{difference}; pretrained_strict=False loads what they share" if path and difference else difference
-    _check_against(tensors, model, source, adapted, difference, looser if strict else None)
+    _check_against(tensors, model, source, adapted, _difference(model, cfg, path), named=named, strict=strict)
     return tensors
 
 
@@ -105,16 +103,20 @@ def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _check_against(
-    tensors: Mapping[str, Tensor], model: nn.Module, source: str, adapted: set[str], shapes: str, keys: str | None
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    source: str,
+    adapted: set[str],
+    difference: str,
+    *,
+    named: bool,
+    strict: bool,
 ) -> None:
-    """Raise a ``ValueError`` unless keys, shapes and kinds are the model's, but for ``adapted``.
-
-    Args:
-        shapes, keys: What to say of those that differ. ``keys`` of None: they may.
-    """
+    """Raise a ``ValueError`` unless keys (if ``strict``), shapes and kinds are the model's, but for ``adapted``."""
     expected = model.state_dict()
 
-    def refuse(key: str, what: str, why: str) -> ValueError:
+    def refuse(key: str, what: str, cure: str = "") -> ValueError:
+        why = difference and difference + cure
         return ValueError(f"{source}: {key} {what}; {_remedy(key, tensors, model) or why or _guess(key)}")
 
     missing = [
@@ -124,19 +126,22 @@ def _check_against(
         if key not in tensors and key not in adapted and not key.endswith("num_batches_tracked")
     ]
     unexpected = [key for key in tensors if key not in expected and key not in adapted]
-    for what, names in (("missing", missing), ("not in this model", unexpected)) if keys is not None else ():
-        if names:
-            others = f"and {len(names) - 1} more keys are" if len(names) > 1 else "is"
-            raise refuse(names[0], f"{others} {what}", keys or "")
+    shared = expected.keys() & tensors.keys() - adapted
+    fit = named and all(tensors[key].shape == expected[key].shape for key in shared)
+    cure = "; pretrained_strict=False loads what they share" if fit else ""
+    for what, keys in (("missing", missing), ("not in this model", unexpected)) if strict else ():
+        if keys:
+            others = f"and {len(keys) - 1} more keys are" if len(keys) > 1 else "is"
+            raise refuse(keys[0], f"{others} {what}", cure)
     for key, want in expected.items():
         if key in adapted or key not in tensors:
             continue
         value = tensors[key]
         if value.shape != want.shape:
-            both = f"{tuple(value.shape)} in the checkpoint and {tuple(want.shape)} in the model"
-            raise refuse(key, f"has shape {both}", shapes)
+            shapes = f"{tuple(value.shape)} in the checkpoint and {tuple(want.shape)} in the model"
+            raise refuse(key, f"has shape {shapes}")
         if value.is_floating_point() != want.is_floating_point() or value.is_complex():
-            raise refuse(key, f"is {value.dtype} in the checkpoint and {want.dtype} in the model", shapes)
+            raise refuse(key, f"is {value.dtype} in the checkpoint and {want.dtype} in the model")
 
 
 def _remedy(key: str, tensors: Mapping[str, Tensor], model: nn.Module) -> str:

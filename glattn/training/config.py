@@ -149,7 +149,9 @@ class TrainConfig:
                 given = f"{name}={getattr(self, name)} with dataset={self.dataset!r}"
                 raise ValueError(f"{given}: only pictures of {kinds} {what}")
         if self.pretrained and self.checkpoint:
-            raise ValueError(f"pretrained=true and checkpoint={self.checkpoint}: both say what to start from; give one")
+            raise ValueError(
+                f"pretrained=true and checkpoint={self.checkpoint}: both say what to start from; leave one out"
+            )
         if not self.teacher:
             for name in OF_TEACHER:
                 if getattr(self, name) != getattr(type(self), name):

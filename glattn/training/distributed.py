@@ -38,9 +38,12 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if cpu and config.precision == "fp16":
         raise ValueError("precision=fp16: a CPU does not train in it; give bf16 or no")
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of accelerate's launcher
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if asked not in ("no", config.precision):
-        raise ValueError(f"launched with mixed_precision={asked}, but precision={config.precision}; give both the same")
+        raise ValueError(
+            f"accelerate launch, or its configuration file, says mixed_precision={asked}, the run "
+            f"precision={config.precision}; give precision={asked}, or --mixed_precision no"
+        )
     try:
         accelerator = Accelerator(
             cpu=cpu,

@@ -46,6 +46,8 @@ def refuse_changed(state: dict[str, Any], config: TrainConfig, images: dict[str,
     now = dataclasses.asdict(config)
     then = dataclasses.asdict(TrainConfig()) | state["config"]  # what it lacks came later
     free = _FREE if now["teacher"] or then["teacher"] else _FREE.union(OF_TEACHER)  # once, nothing refused them
+    if then["pretrained"] and then["checkpoint"]:  # once, nothing refused both, and the latter was what counted
+        free = free | {"pretrained"}
     changed = [name for name in now if name not in free and now[name] != then[name]]
     if changed:
         listed = ", ".join(f"{name} (was {then[name]!r}, is {now[name]!r})" for name in changed)
