@@ -424,7 +424,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr("glattn.training.loop.train", interrupted)
     assert main(["train", "--data", "anything"]) == 130
-    assert "--resume auto" in capsys.readouterr().err
+    assert "--resume auto (and run=FOLDER)" in capsys.readouterr().err
 
 
 def _not_on_an_accelerator(config):

@@ -48,7 +48,9 @@ def run(args: argparse.Namespace, defaults: Mapping[str, Any] = NO_DEFAULTS) -> 
     try:
         train(config)
     except KeyboardInterrupt:
-        print("\nthe same command with resume=auto (and run=FOLDER) goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "\nthe same command with --resume auto (and run=FOLDER) goes on from the last checkpoint", file=sys.stderr
+        )
         raise
     finally:
         if distributed.is_available() and distributed.is_initialized():
