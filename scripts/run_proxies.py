@@ -206,7 +206,7 @@ class Proxies:
     def folder(self, model: str, lr: float, seed: int) -> Path:
         """Return a run's folder."""
         recipe = [self.args.config.stem, self.recipe_digest(), *self.args.settings]
-        parts = [*re.findall(r"[\w.]+", model), repr(lr), f"seed{seed}", *recipe]
+        parts = [words(model), repr(lr), f"seed{seed}", *recipe]
         return self.runs / "-".join(parts).replace("/", "_")
 
     def rows_of(self, model: str) -> list[Row]:
@@ -261,6 +261,11 @@ class Proxies:
             "points": f"{difference.points:.2f}", "low": f"{difference.low:.2f}", "high": f"{difference.high:.2f}",
             "authors": str(difference.authors), "verdict": difference.verdict, "settings": self.settings,
         }  # fmt: skip
+
+
+def words(model: str) -> str:
+    """Return what the names of a model's run folders begin with."""
+    return "-".join(re.findall(r"[\w.]+", model))
 
 
 def has_test(source: Path) -> bool:

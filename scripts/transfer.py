@@ -24,7 +24,7 @@ import timm
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv
+from run_proxies import Proxies, Row, add_list_arguments, end_with_children, has_test, images_in, read_csv, words
 from timm.models._registry import split_model_name_tag
 
 import glattn  # noqa: F401
@@ -111,9 +111,8 @@ class Transfer(Proxies):
 
     def begun(self, arm: str) -> bool:
         """Tell whether there is a run of an arm, or a row of one."""
-        name = re.escape("-".join(re.findall(r"[\w.]+", arm)))
-        folders = [path.name for path in self.runs.iterdir() if path.is_dir()]
-        ran = any(re.match(rf"{name}-\d[\d.]*(e-?\d+)?-seed", folder) for folder in folders)
+        name = re.compile(rf"{re.escape(words(arm))}-\d[\d.]*(e-?\d+)?-seed")  # no arm that only begins alike
+        ran = any(name.match(path.name) for path in self.runs.iterdir() if path.is_dir())
         return ran or any(row["model"] == arm for row in self.rows)
 
     def run(self) -> bool:

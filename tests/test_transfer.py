@@ -49,6 +49,8 @@ def test_few_images_are_chosen_by_seed_and_the_test_is_whole(tmp_path):
         assert names(folder / "val") == names(source / "val")  # up to twenty a class
         assert names(folder / "test") == names(source / "test")
     assert names(chosen[0] / "train") != names(chosen[1] / "train")
+    transfer.choose(source, tmp_path / "again", 3, 0)
+    assert names(tmp_path / "again") == names(chosen[0])
     # as every result so far was chosen
     assert sorted(names(chosen[0] / "train")) == [f"train{each}.png" for each in ("a0", "a1", "a3", "b2", "b4", "b5")]
 

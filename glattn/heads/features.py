@@ -3,15 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from timm.layers import Format
 from torch import Tensor, nn
-
-
-def feature_maps(body: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return the ``(B, C, H, W)`` maps, the finest first, of a timm model made with ``features_only=True``."""
-    out: list[Tensor] | dict[str, Tensor] = body(x)
-    maps = list(out.values()) if isinstance(out, dict) else out  # of feature_cls="dict"
-    return in_nchw(maps, is_nhwc(body))
 
 
 def is_nhwc(body: nn.Module) -> bool:
@@ -19,9 +13,15 @@ def is_nhwc(body: nn.Module) -> bool:
     return getattr(body, "output_fmt", None) == Format.NHWC
 
 
-def in_nchw(maps: list[Tensor], nhwc: bool) -> list[Tensor]:
-    """Return maps in NCHW, in TorchScript too; ``nhwc`` tells whether they are in NHWC."""
-    return [each.permute(0, 3, 1, 2) for each in maps] if nhwc else maps
+def feature_maps(out: list[Tensor], nhwc: bool) -> list[Tensor]:
+    """Return the ``(B, C, H, W)`` maps, the finest first, of what such a model returned; see `is_nhwc`."""
+    if not torch.jit.is_scripting():
+        out = _listed(out)
+    return [each.permute(0, 3, 1, 2) for each in out] if nhwc else out
+
+
+def _listed(out: Any) -> list[Tensor]:
+    return list(out.values()) if isinstance(out, dict) else out  # of feature_cls="dict"
 
 
 def placement(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
-import torch
 from timm.layers import freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from glattn.config import check_choice
-from glattn.heads.features import feature_maps, in_nchw, is_nhwc, placement
+from glattn.heads.features import feature_maps, is_nhwc, placement
 
 
 def _pool(in_channels: int, out_channels: int) -> ExtraFPNBlock:
@@ -83,12 +82,8 @@ class FPNBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the levels, the finest first."""
-        if torch.jit.is_scripting():
-            maps = in_nchw(self.body(x), self.nhwc)
-        else:
-            maps = feature_maps(self.body, x)
         named: dict[str, Tensor] = {}  # no comprehension: TorchScript
-        for i, feature in enumerate(maps):
+        for i, feature in enumerate(feature_maps(self.body(x), self.nhwc)):
             named[str(i)] = feature
         return self.fpn(named)
 

@@ -6,7 +6,6 @@ Its own ``tu-glattn_*`` encoders need nothing from here; they hand decoders a ma
 from typing import Any
 
 import timm
-import torch
 from segmentation_models_pytorch.encoders import encoders
 from segmentation_models_pytorch.encoders._base import EncoderMixin
 from timm.models import FeatureInfo
@@ -55,11 +54,7 @@ class StemEncoder(nn.Module, EncoderMixin):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the image and the maps."""
-        if torch.jit.is_scripting():
-            maps: list[Tensor] = self.model(x)
-        else:
-            maps = feature_maps(self.model, x)
-        return [x] + maps  # noqa: RUF005 (TorchScript)
+        return [x] + feature_maps(self.model(x), nhwc=False)  # noqa: RUF005 (TorchScript)
 
 
 def stem_encoder(name: str, **kwargs: Any) -> str:

@@ -17,7 +17,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from glattn.config import MixerConfig
-from glattn.heads.features import feature_maps, in_nchw, is_nhwc, placement
+from glattn.heads.features import feature_maps, is_nhwc, placement
 from glattn.layers import ConvNorm, GlobalLocalAttention, GlobalLocalBlock, Mlp
 from glattn.layers.layout import upsample
 from glattn.models.glattn import image_size
@@ -169,11 +169,7 @@ class UNetFormer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the classes' logits a pixel."""
-        if torch.jit.is_scripting():
-            maps = in_nchw(self.backbone(x), self.nhwc)
-        else:
-            maps = feature_maps(self.backbone, x)
-        logits = self.decoder(maps)
+        logits = self.decoder(feature_maps(self.backbone(x), self.nhwc))
         return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=False)
 
 

@@ -126,12 +126,12 @@ def _check_against(
         if key not in tensors and key not in adapted and not key.endswith("num_batches_tracked")
     ]
     unexpected = [key for key in tensors if key not in expected and key not in adapted]
-    shared = expected.keys() & tensors.keys() - adapted
-    fit = named and all(tensors[key].shape == expected[key].shape for key in shared)
-    cure = "; pretrained_strict=False loads what they share" if fit else ""
     for what, keys in (("missing", missing), ("not in this model", unexpected)) if strict else ():
         if keys:
             others = f"and {len(keys) - 1} more keys are" if len(keys) > 1 else "is"
+            shared = expected.keys() & tensors.keys() - adapted
+            fit = named and all(tensors[key].shape == expected[key].shape for key in shared)
+            cure = "; pretrained_strict=False loads what they share" if fit else ""
             raise refuse(keys[0], f"{others} {what}", cure)
     for key, want in expected.items():
         if key in adapted or key not in tensors:
