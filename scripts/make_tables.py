@@ -438,6 +438,11 @@ def transferred(
     return compared, arms
 
 
+def rates_tried(folder: str, arm: str) -> str:
+    """Return the rates of an arm's runs, of which the one that served best on validation images was chosen."""
+    return ", ".join(sorted({row["lr"] for row in read(f"{folder}/runs.csv") if row["model"] == arm}))
+
+
 def transfer(folder: str) -> str:
     """Return the accuracy of each arm on each task after pretraining, and how far the first is above it."""
     compared, arms = transferred(folder)
@@ -509,19 +514,21 @@ def when_it_helps(name: str, folder: Path) -> str:
             seeds = sorted(tests[0].keys() & tests[1].keys())  # which the gain is of
             means = [mean_top1([run for run in runs if run["seed"] in seeds]) for runs in both]
             by_seed = ", ".join(f"{tests[0][seed] - tests[1][seed]:+.1f}" for seed in seeds)
-            rows.append([shown, *means, *difference(row)[:2], by_seed])
+            rates = "; ".join(rates_tried(f"{measured}/{task}", one) for one in (arm, other))
+            rows.append([shown, *means, *difference(row)[:2], by_seed, rates])
     if not rows:
         raise ValueError(f"docs/results/{measured}: no comparison of {arm} with scratch; transfer.py first")
     head = ("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests", "gained by seed")
+    head += ("rates tried; from scratch",)
     table = markdown(head, rows)
     _, again = transferred("in-place/transfer")
     later = ", ".join(f"{mean_top1(runs)}% on {task}" for (task, start), runs in again.items() if start == arm)
     moved = f"""
 The model's pooled maps were moved by up to half a stride since (`docs/results.md`); what stands below is by the code of
 the runs. By the map as it is now, and on another machine, the same fine-tuning gave {later}."""
-    longer = """ A gain
-below zero is a loss: trained from scratch for so long, a model ends above one that trained briefly from these weights.
-They save time, which pretraining has spent once for all."""
+    longer = """
+A gain below zero is a loss: trained from scratch for so long, a model ends above one that trained briefly from these
+weights. They save time, which pretraining has spent once for all."""
     since, losses = moved if later else "", longer if any("times as long" in row[0] for row in rows) else ""
     default = timm.get_pretrained_cfg(model)
     loaded = model if default is not None and name == f"{model}.{default.tag}" else name
@@ -531,9 +538,10 @@ the size of a new model's, which changes no output: rates that suit a new model 
 
 {started(folder)}## When it helps
 
-Top-1 after fine-tuning by one recipe, the rate chosen for each start (`scripts/transfer.py`, `docs/results.md`; of few
-shots, on up to 20 further images a class). Where the interval holds zero, no gain is shown; it is of resampled tests,
-and leaves out what another seed, or another choice of few images, would change: see the gains by seed.{losses}
+Top-1 after fine-tuning by one recipe (`scripts/transfer.py`, `docs/results.md`), the rate of each start chosen from
+those tried, on validation images (of few shots, on up to 20 further images a class). Where the interval holds zero, no
+gain is shown; it is of resampled tests, and leaves out what another seed, or another choice of few images, would
+change: see the gains by seed.{losses}
 
 {table}"""
 

@@ -1,9 +1,10 @@
 """Put a run's best weights into the package, ready to start from and in fp16, and the run's record into docs/weights/.
 
-    glattn pretrain --run runs/fractals && python scripts/make_weights.py runs/fractals && make tables
+    glattn pretrain --run runs/fractals && python scripts/make_weights.py runs/fractals
 
-With --to FILE, only its weights, to start another run from: checkpoint=FILE. `make tables` makes the card, from the
-record and from what the weights gain (transfer.py).
+It takes the place of what the package has of that tag; then `make tables` makes the card, from the record and from what
+the new weights gain, once transfer.py has measured it (docs/results.md; rows of the old ones are removed by hand). With
+--to FILE, only the run's weights, to start another run from: checkpoint=FILE.
 """
 
 import argparse
