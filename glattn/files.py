@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import shutil
@@ -13,7 +14,16 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the folder of `path`; what is written there takes its place, whole and on disk."""
+    """Give a temporary name in the folder of `path`; what is written there takes its place, whole and on disk.
+
+    Of a link, what it points to is replaced.
+
+    Raises:
+        OSError: There is no writing in that folder, or `path` is a folder, a device or a pipe.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no plain file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -93,8 +103,11 @@ def mode() -> int:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's list of files, reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have a file, or a folder's list of files, reach the disk; Windows does so with files that are open to write."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

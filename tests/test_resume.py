@@ -15,6 +15,7 @@ import training_runs as runs
 from training_runs import SMALL, assert_same, assert_same_run
 
 from glattn.files import write_text
+from glattn.training import loop
 from glattn.training.checkpoint import export, list_states, load_state, save_state
 from glattn.training.config import TrainConfig
 from glattn.training.progress import refuse_changed
@@ -274,6 +275,29 @@ def test_a_read_only_folder_is_one_line_and_untouched(reference, images, halted,
 
 
 # --- another run, other options --------------------------------------------------------------------------------------
+
+
+def _another_at_the_start():
+    loop.gather_object = lambda mine: [*mine, (0, 0)]
+
+
+def test_machines_that_see_different_folders_do_not_go_on(images, halted):
+    ended = runs.run(halted, *RICH, images, "resume=auto", hook=_another_at_the_start)
+    assert ended.status == 1
+    assert "processes would go on from 2 different (epoch, step), [(0, 0), (2, 0)]" in ended.output
+    assert "where all machines see it" in ended.output
+
+
+def test_what_a_link_points_to_is_replaced_and_no_pipe_is(tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    for _ in range(2):
+        write_text(tmp_path / "link", "text")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "target").read_text() == "text"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no plain file"):
+        write_text(tmp_path / "pipe", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
 
 
 def test_a_run_is_never_overwritten(images, reference):

@@ -544,6 +544,31 @@ def test_warmup_and_cosine(trainer):
         assert rates[number] == pytest.approx(expected)
 
 
+def test_a_polynomial_falls_evenly(trainer):
+    t = trainer(epochs=4, schedule="poly", lr=1e-2, min_lr=1e-4)
+    rates = []
+    step = t.scheduler.step_update
+    t.scheduler.step_update = lambda n: (step(n), rates.append(t.lr))
+    train_only(t, 4)
+    falls = [before - after for before, after in itertools.pairwise(rates)]
+    assert falls == pytest.approx([(1e-2 - 1e-4) / 12] * 11, rel=1e-3)
+
+
+def test_no_more_images_are_validated_at_once_than_trained(trainer):
+    t = trainer(accumulate=4)
+    assert {len(images) for images, _ in t.train_loader} == {2}
+    assert {len(images) for images, _ in t.val_loader} == {2}
+
+
+def test_a_run_that_goes_on_asks_for_no_weights_to_start_from(monkeypatch):
+    asked = []
+    monkeypatch.setattr(build, "create_model", lambda name, **options: asked.append(options) or timm.create_model(name))
+    config = TrainConfig(**QUICK, data="x", pretrained=True)
+    for start in (True, False):
+        build.build_model(config, 3, start=start)
+    assert [options["pretrained"] for options in asked] == [True, False]
+
+
 def test_ema_is_what_is_validated_and_saved(trainer):
     t = trainer(ema_decay=0.5, ema_warmup=False, lr=1e-2)
     t.run()
@@ -886,8 +911,12 @@ def test_a_teacher_without_these_classes_has_no_logits_to_teach(trainer, wrong_t
     config["label_names"].reverse()
     shutil.copytree(folder, tmp_path / "turned")
     (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="classifier is not of the data's 3 classes"):
-        trainer(teacher=f"local-dir:{tmp_path / 'turned'}")
+    for teacher in (
+        {"teacher": f"local-dir:{tmp_path / 'turned'}"},
+        {"teacher": "test_resnet", "teacher_checkpoint": str(tmp_path / "turned" / "model.safetensors")},
+    ):
+        with pytest.raises(ValueError, match="classifier is not of the data's 3 classes"):
+            trainer(**teacher)
     config["label_names"] = {str(number): name for number, name in enumerate(config["label_names"])}
     (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="classifier is not of the data's 3 classes"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
 import shutil
 import sys
 import tarfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from glattn.cli import main
 from glattn.training import build
 from glattn.training.batches import TrainingBatches, ValidationBatches, make_loader, seed_everything
+from glattn.training.check import find_bad_images, refuse_bad, refuse_unreadable
 from glattn.training.config import TrainConfig
 from glattn.training.data import open_sources
 from glattn.training.image_folder import EXTENSIONS, open_folder
@@ -446,6 +450,64 @@ def test_no_readable_image_at_all_ends_in_an_error(tmp_path):
         next(iter(loader))
 
 
+def test_no_readable_image_at_all_is_told_before_training(tmp_path, capsys):
+    root = write_folder(tmp_path / "data", train=2)
+    for path in root.glob("train/*/*.png"):
+        spoil(path, "text")
+    given = ["train", "model=test_glattn", "device=cpu", "tracker=none", "workers=1", f"run={tmp_path / 'run'}"]
+    assert main([*given, f"data={root}"]) == 1
+    said = capsys.readouterr().err
+    assert "none of the 6 training images can be read, e.g. " in said
+    assert "000.png (" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_may_be_named_as_a_split_is(tmp_path, capsys):
+    for name in ("bus", "car", "train"):
+        write_class(tmp_path / name, COLOURS["red"], 4, seed=1)
+    train, val = open_sources(TrainConfig(data=str(tmp_path)))
+    assert train.class_names == val.class_names == ("bus", "car", "train")
+    assert main(["check-data", str(tmp_path)]) == 0
+    shutil.rmtree(tmp_path / "bus")  # one other folder may be anything
+    with pytest.raises(ValueError, match="train holds images of no class"):
+        open_sources(TrainConfig(data=str(tmp_path)))
+
+
+class Columns:
+    """A Hugging Face dataset, for what is asked of one."""
+
+    def __init__(self, **columns):
+        self.columns, self.features = columns, {name: SimpleNamespace() for name in columns}
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"image": [None] * 3, "label": [0, 2, 1]}, ("0", "1", "2")),
+        ({"image": [None] * 3, "labels": [0, 2, 1]}, "no column 'label' of classes; it has 'image', 'labels'"),
+        ({"image": [None] * 3, "label": ["a", "b", "a"]}, "column 'label' does not hold classes' numbers"),
+    ],
+)
+def test_columns_of_hugging_face_datasets(columns, found, monkeypatch):
+    dataset = Columns(**columns)
+    made = SimpleNamespace(reader=SimpleNamespace(dataset=dataset, label_key="label"))
+    made = type("Dataset", (SimpleNamespace,), {"__len__": lambda self: len(dataset)})(**vars(made))
+    monkeypatch.setattr("glattn.training.data.create_dataset", lambda *args, **kwargs: made)
+    config = TrainConfig(dataset="hfds/some")
+    if isinstance(found, tuple):
+        assert open_sources(config)[0].class_names == found
+    else:
+        with pytest.raises(ValueError, match=re.escape(found)):
+            open_sources(config)
+
+
 # --- glattn check-data ----------------------------------------------------------------------------------------
 
 
@@ -473,6 +535,36 @@ def test_check_data_lists_names_that_are_no_text(tmp_path, capsys):
     spoil(root / "val" / "red" / "000.png", "text").rename(root / "val" / "red" / "caf\udce9.png")
     assert main(["check-data", str(root)]) == 1
     assert "caf\\udce9.png: " in capsys.readouterr().out
+
+
+@LEFT_OPEN
+def test_a_large_tar_is_read_as_it_is_and_gets_no_index_beside_it(tmp_path):
+    root = write_folder(tmp_path / "data", train=2)
+    for count in (6, 7):
+        path = packed(root / "train")
+        os.truncate(path, 11 * 2**30)  # of holes; timm keeps an index of what is above 10 GB
+        assert len(open_folder(path)) == count
+        shutil.copy(root / "train" / "red" / "000.png", root / "train" / "red" / "more.png")
+    assert sorted(found.name for found in root.iterdir()) == ["train", "train.tar", "val"]
+
+
+@LEFT_OPEN
+def test_a_tar_that_was_read_through_goes_to_spawned_workers(tmp_path):
+    root = write_folder(tmp_path / "data", train=2)
+    source = open_folder(packed(root / "train"))
+    refuse_unreadable(source)
+    refuse_bad(source)
+    assert len(pickle.loads(pickle.dumps(source))) == 6
+
+
+def test_bad_images_are_refused_by_any_process_share(tmp_path):
+    root = write_folder(tmp_path, train=4)
+    bad = [spoil(root / "train" / name / "001.png", "text") for name in COLOURS]
+    source = open_folder(root / "train")
+    shares = [find_bad_images(source, rank=rank, world=5) for rank in range(5)]
+    assert sorted(path for share in shares for path, _ in share) == sorted(map(str, bad))
+    with pytest.raises(ValueError, match=r"3 image\(s\) cannot be read"):
+        refuse_bad(source)
 
 
 @LEFT_OPEN

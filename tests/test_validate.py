@@ -1,6 +1,7 @@
 """`glattn validate`: its numbers against loops, the order of classes, every image once, and what it refuses."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -217,6 +218,9 @@ def test_what_it_refuses_is_one_line(images, checkpoint, tmp_path, capsys):
     assert "no folder" in fail(capsys, checkpoint, "--data", tmp_path / "none")
     assert "no such checkpoint" in fail(capsys, "resnet1x", "--data", images)
     assert "nowhere" in fail(capsys, checkpoint, "--data", images, "--output", tmp_path / "nowhere" / "found.json")
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe: is no plain file" in fail(capsys, checkpoint, "--data", images, "--output", tmp_path / "pipe")
+    assert "is a folder" in fail(capsys, checkpoint, "--data", images, "--output", tmp_path)
     assert "--checkpoint" in fail(capsys, "test_resnet", "--data", images, "--checkpoint", tmp_path / "none.pth")
     assert "--crop-pct 1.5" in fail(capsys, checkpoint, "--data", images, "--crop-pct", 1.5)
     assert "--batch-size 0" in fail(capsys, checkpoint, "--data", images, "--batch-size", 0)

@@ -117,9 +117,7 @@ def open_again(worker: int) -> None:
     """Give a worker a .tar of its own: one that it was forked with shares its file position with the others."""
     info = get_worker_info()
     assert info is not None
-    state = getattr(getattr(info.dataset.source.dataset, "reader", None), "tar_state", None)  # type: ignore[attr-defined]
-    if state is not None:
-        state.reset()
+    info.dataset.source.close()  # type: ignore[attr-defined]
 
 
 def make_transform(data_config: dict[str, Any], **augmentation: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def build_model(config: TrainConfig, num_classes: int, *, start: bool = True) ->
     Args:
         config: The run's.
         num_classes: Of the data.
-        start: Read the file of weights to start from, if any; a run that goes on has its own.
+        start: Take the weights to start from, if any; a run that goes on has its own.
 
     Raises:
         ValueError: The model or one of its options is unknown, or the weights are of another model.
@@ -35,7 +36,7 @@ def build_model(config: TrainConfig, num_classes: int, *, start: bool = True) ->
     arguments = dict(config.model_args)
     if config.drop_path_rate:
         arguments["drop_path_rate"] = config.drop_path_rate
-    own = {"pretrained": config.pretrained, "num_classes": num_classes, "drop_rate": config.drop_rate}
+    own = {"pretrained": config.pretrained and start, "num_classes": num_classes, "drop_rate": config.drop_rate}
     if twice := sorted(own.keys() & arguments.keys()):
         raise ValueError(f"model_args.{twice[0]}: take it out; classes are the data's, the others keys of the recipe")
     if "features_only" in arguments:
@@ -153,11 +154,13 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
             knows = load_weights(teacher, config.teacher_checkpoint)
             if not _set_size(teacher, config.image_size):
                 raise
+        names = _names_beside(config.teacher_checkpoint)
     else:
-        cfg, count = teacher.pretrained_cfg, len(class_names)
-        names, knows = by_index(cfg.get("label_names") or (), count), cfg.get("num_classes") == count
-        # names of which none is the data's may stand for the same: words, and WordNet's numbers as folders
-        knows = knows and (names == tuple(class_names) or not set(names) & set(class_names))
+        cfg = teacher.pretrained_cfg
+        names, knows = cfg.get("label_names"), cfg.get("num_classes") == len(class_names)
+    names = by_index(names or (), len(class_names))
+    # names of which none is the data's may stand for the same: words, and WordNet's numbers as folders
+    knows = knows and (names == tuple(class_names) or not set(names) & set(class_names))
     if config.distill == "logits" and not knows:
         raise ValueError(
             f"teacher {config.teacher_checkpoint or config.teacher!r}: its classifier is not of the data's "
@@ -165,6 +168,15 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
             "(teacher_checkpoint=FILE), or take distill=features"
         )
     return teacher
+
+
+def _names_beside(checkpoint: str) -> Any:
+    """Return the classes' names of the config.json beside a file of weights, if they are there."""
+    try:
+        config = json.loads((user_path(checkpoint).parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("label_names") if isinstance(config, dict) else None
 
 
 class _WeightedCrossEntropy(nn.CrossEntropyLoss):

@@ -3,32 +3,62 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from glattn.files import one_line
 
 if TYPE_CHECKING:
     from glattn.training.source import Source
 
 
-def find_bad_images(source: Source, *, workers: int | None = None, progress: Any = iter) -> list[tuple[str, str]]:
-    """Return (path, reason) for every image of a source that cannot be read."""
-    from glattn.training.images import BadImageError, find_bad
+def find_bad_images(
+    source: Source, *, workers: int | None = None, progress: Any = iter, rank: int = 0, world: int = 1
+) -> list[tuple[str, str]]:
+    """Return (path, reason) for every image of a source that cannot be read, or of every `world`-th from `rank` on."""
+    from glattn.training.images import find_bad
 
+    indices = range(rank, len(source), world)
     if Path(source.name(0)).is_file():  # not those in a .tar
-        return list(find_bad([source.name(n) for n in range(len(source))], workers=workers, progress=progress))
-    bad = []
-    for index in progress(range(len(source))):
-        try:
-            source.read(index)
-        except (BadImageError, OSError) as error:
-            bad.append((source.name(index), str(error)))
-    return bad
+        return list(find_bad([source.name(index) for index in indices], workers=workers, progress=progress))
+    reasons = ((source.name(index), reason) for index in progress(indices) if (reason := _why_bad(source, index)))
+    try:
+        return list(reasons)
+    finally:
+        source.close()
 
 
-def refuse_bad(*sources: Source) -> None:
-    """Raise if any image of `sources` cannot be read, after reading them all."""
-    bad = [found for source in sources for found in find_bad_images(source)]
+def _why_bad(source: Source, index: int) -> str:
+    """Return why an image cannot be read, or nothing."""
+    from glattn.training.images import BadImageError
+
+    try:
+        source.read(index)
+    except (BadImageError, OSError) as error:
+        return one_line(error)
+    return ""
+
+
+def refuse_unreadable(source: Source) -> None:
+    """Raise if no image of a source can be read; as a rule the first one can."""
+    try:
+        if all(_why_bad(source, index) for index in range(len(source))):
+            raise ValueError(
+                f"none of the {len(source)} training images can be read, e.g. {source.name(0)} ({_why_bad(source, 0)})"
+            )
+    finally:
+        source.close()
+
+
+def refuse_bad(*sources: Source, rank: int = 0, world: int = 1) -> None:
+    """Raise if any image of `sources` cannot be read, after reading them all, shared among `world` processes."""
+    from accelerate.utils import gather_object
+
+    workers = max(1, (os.cpu_count() or 1) // world)
+    bad = [found for source in sources for found in find_bad_images(source, workers=workers, rank=rank, world=world)]
+    bad = gather_object(bad) if world > 1 else bad
     if bad:
         raise ValueError(
             f"{len(bad)} image(s) cannot be read, e.g. {bad[0][0]} ({bad[0][1]}); "

@@ -29,6 +29,8 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     empty = ValueError(f"no images in {root}; it should hold one folder a class, with {', '.join(EXTENSIONS)}")
     try:
         arguments: dict[str, Any] = {"class_map": class_map} if class_map else {}
+        if not is_folder:
+            arguments["cache_tarinfo"] = False  # else timm leaves an index beside a large one, and believes it for ever
         with _image_extensions():
             dataset = create_dataset("", root=str(root), search_split=False, **arguments)
         if is_folder:

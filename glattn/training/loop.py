@@ -19,7 +19,7 @@ from tqdm import tqdm
 from glattn.files import plain, write_text
 from glattn.hub.card import epoch_score
 from glattn.training import augment, batches, build, checkpoint, data, optim, run_folder
-from glattn.training.check import refuse_bad
+from glattn.training.check import refuse_bad, refuse_unreadable
 from glattn.training.config import TrainConfig
 from glattn.training.distributed import convert_batch_norm, start_accelerator
 from glattn.training.progress import Progress, refuse_changed
@@ -46,8 +46,10 @@ class Trainer:
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         self.config = config = dataclasses.replace(config, run=str(self.folder))
         self.train_source, self.val_source = data.open_sources(config)
-        if config.bad_images == "refuse" and self.main:
-            refuse_bad(self.train_source, self.val_source)
+        refuse_unreadable(self.train_source)
+        if config.bad_images == "refuse":
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
+            refuse_bad(self.train_source, self.val_source, rank=rank, world=world)
         self.class_names = self.train_source.class_names
         self.images = {  # what a run is resumed on, and on nothing else
             "class_names": list(self.class_names),
@@ -78,6 +80,7 @@ class Trainer:
         self.progress = Progress()
         self.seen: list[torch.Tensor] = []  # [asked, given] of the batches since `note_bad`
         self._restore()
+        self._check_shared()
         self.eval_model = self._evaluated()
         if config.compile:
             self.task.compile(mode=config.compile_mode)
@@ -95,9 +98,8 @@ class Trainer:
         self.train_loader = self.train_source.loader(
             self.batches, self.data_config, replace=True, **shared, **augment.augmentation_of(config)
         )
-        val_batches = batches.ValidationBatches(
-            len(self.val_source), max(1, self.batches.batch_size // world), rank=rank, world=world
-        )
+        at_once = max(1, self.batches.batch_size // (world * config.accumulate))  # what memory is known to hold
+        val_batches = batches.ValidationBatches(len(self.val_source), at_once, rank=rank, world=world)
         self.val_loader = self.val_source.loader(val_batches, self.data_config, **shared)
 
     def _evaluated(self) -> nn.Module:
@@ -127,6 +129,15 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.progress.bad = [number for number in self.progress.bad if isinstance(number, int)]  # once they were names
         self.say(f"resumed from epoch {self.progress.epoch}, step {self.progress.step}")
+
+    def _check_shared(self) -> None:
+        """Refuse to go on from different places, where machines do not see the same run folder."""
+        places = set(gather_object([(self.progress.epoch, self.progress.step)]))
+        if len(places) > 1:
+            raise ValueError(
+                f"run={self.folder}: processes would go on from {len(places)} different (epoch, step), "
+                f"{sorted(places)}; put the run's folder where all machines see it"
+            )
 
     def save(self) -> None:
         """Write a training checkpoint; a full or read-only disk is reported, and training goes on."""

@@ -46,7 +46,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module, task: TrainingTask) -
 def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler | None:
     """Make timm's scheduler, stepped with every update; None leaves the learning rates as they are, scaled by layer.
 
-    What falls by steps falls tenfold behind each third of the epochs.
+    What falls by steps falls tenfold behind each third of the epochs; a polynomial is of degree one.
     """
     try:
         scheduler, _ = create_scheduler_v2(
@@ -58,6 +58,7 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
             min_lr=config.min_lr,
             decay_epochs=config.epochs / 3 if config.schedule == "step" else None,
             decay_milestones=[config.epochs / 3, config.epochs * 2 / 3],  # type: ignore[list-item]
+            decay_rate=1.0 if config.schedule == "poly" else 0.1,  # timm takes it for the degree there
             step_on_epochs=False,
             updates_per_epoch=steps,
         )

@@ -52,6 +52,12 @@ class Source:
             if hasattr(image, "close"):
                 image.close()
 
+    def close(self) -> None:
+        """Close the .tar that reading opened, if any: open, it can be neither shared with a process nor sent."""
+        state = getattr(getattr(self.dataset, "reader", None), "tar_state", None)
+        if state is not None:
+            state.reset()
+
     def name(self, index: int) -> str:
         """Return the path of image number `index`, or its number."""
         inner = int(self.indices[index])

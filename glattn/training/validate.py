@@ -43,8 +43,10 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     output = user_path(args.output) if args.output else None
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise FileNotFoundError(f"--output {output}: {'is a folder' if output.is_dir() else 'its folder is not there'}")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--output {output}: its folder is not there")
+    if output is not None and output.exists() and not output.is_file():
+        raise ValueError(f"--output {output}: {'is a folder' if output.is_dir() else 'is no plain file'}")
     folder = find_images(args.data, args.split)
     classifier = open_classifier(args)
     source = open_images(folder, classifier, args.model)
