@@ -30,12 +30,12 @@ class MixerConfig:
         kernel_sizes: Odd kernel sizes of the local branch's parallel convolutions, in cells.
         local_groups: ``depthwise``, ``dense``, or the number of groups of those convolutions.
         local_gate: Channel gate behind them: ``se``, ``eca`` or ``none``.
-        augment_ratio: Share of the local branch's channels that attention provides under ``local="augmented"``, in
-            multiples of eight channels: of 16 channels a quarter is none.
+        augment_ratio: Share of the local branch's channels that attention provides under ``local="augmented"``,
+            rounded to eight channels, of 16 channels a quarter to none, then down to whole heads of one width.
         num_heads: Attention heads; ``None`` takes the branch's width over ``head_dim``.
         head_dim: Channels a head, where ``num_heads`` is ``None``.
         layout: Which cells see which: ``full``, ``pooled``, ``window``, ``shifted``, ``grid``, ``overlap``,
-            ``multi_scale`` or ``cross_shaped``. The named models pool by 8, 4 and 2 before their last stage.
+            ``multi_scale`` or ``cross_shaped``. The sizes, atto to large, pool by 8, 4 and 2 before their last stage.
         pool_stride: Stride of the map that ``layout="pooled"`` attends on, in cells.
         window_sizing: Where the window size comes from: ``fixed`` (``window_size``), ``image`` (the nominal image
             size, rounded up to the map's stride, over ``window_ratio``), ``map`` (the map cut into
@@ -150,6 +150,11 @@ class GLAttnConfig:
     def __post_init__(self) -> None:
         if isinstance(self.mixer, MixerConfig):
             object.__setattr__(self, "mixer", (self.mixer,) * NUM_STAGES)
+        mixer: Any = self.mixer
+        stages = tuple(mixer) if isinstance(mixer, list | tuple) else ()
+        if len(stages) != NUM_STAGES or not all(isinstance(stage, MixerConfig) for stage in stages):
+            raise ValueError(f"mixer={mixer!r}; give a MixerConfig, or {NUM_STAGES} of them, one a stage")
+        object.__setattr__(self, "mixer", stages)
         for name in ("dims", "depths"):
             value = _integers(name, getattr(self, name))
             object.__setattr__(self, name, value)
@@ -180,17 +185,14 @@ class GLAttnConfig:
             TypeError: An option's name is unknown; the closest name is given.
             ValueError: An option's value is not allowed, or the options contradict each other.
         """
-        own = {f.name for f in dataclasses.fields(self)} - {"mixer"}
-        unknown = sorted(set(options) - own - MIXER_OPTIONS)
-        if unknown:
-            raise TypeError(unknown_name("option", unknown[0], sorted(own | MIXER_OPTIONS)))
+        check_names(options)
         stages: list[dict[str, Any]] = [{} for _ in range(NUM_STAGES)]
         for name in MIXER_OPTIONS & set(options):
             nested = name in ("kernel_sizes", "window_sizes")
             for stage, value in zip(stages, per_stage(name, options[name], nested=nested), strict=True):
                 stage[name] = value
         mixer = tuple(dataclasses.replace(m, **stage) for m, stage in zip(self.mixer, stages, strict=True))
-        changes = {name: value for name, value in options.items() if name in own}
+        changes = {name: value for name, value in options.items() if name not in MIXER_OPTIONS}
         return dataclasses.replace(self, mixer=mixer, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -231,6 +233,18 @@ def as_integer(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}={value!r}; give an integer of {least} or more")
     return int(value)
+
+
+def check_names(options: Iterable[str], more: Iterable[str] = ()) -> None:
+    """Refuse options that are fields of neither config; the message counts in ``more`` keywords of the model.
+
+    Raises:
+        TypeError: An option's name is unknown; the closest name is given.
+    """
+    known = {f.name for f in dataclasses.fields(GLAttnConfig)} - {"mixer"} | MIXER_OPTIONS
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(unknown_name("option", unknown[0], sorted(known.union(more))))
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:

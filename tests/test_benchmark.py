@@ -171,8 +171,8 @@ def _rows(folder):
 def test_options_of_a_model_are_part_of_its_name(tmp_path):
     names = ["test_glattn", "test_glattn(depths=(1, 1, 1, 1), layout='full')"]
     model = create(names[1], 64)
-    assert model.config.depths == (1, 1, 1, 1)
-    assert model.config.mixer[0].layout == "full"
+    assert model.cfg.depths == (1, 1, 1, 1)
+    assert model.cfg.mixer[0].layout == "full"
     assert main(["benchmark", *names, "--out", str(tmp_path), *SHORT]) == 0
     mine, other = _rows(tmp_path)
     assert [mine["model"], other["model"]] == names

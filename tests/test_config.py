@@ -38,6 +38,9 @@ def test_configs_are_frozen():
     ("options", "words"),
     [
         ({"layuot": "full"}, ["layuot", "did you mean 'layout'"]),
+        ({"num_clases": 3}, ["did you mean 'num_classes'"]),
+        ({"out_stride": 8}, ["did you mean 'output_stride'"]),
+        ({"drop_path": 0.1}, ["did you mean 'drop_path_rate'"]),
         ({"not_an_option": 1}, ["not_an_option", "kernel_sizes"]),
     ],
 )
@@ -127,13 +130,13 @@ def test_numbers_of_numpy_are_numbers():
     )  # fmt: skip
     model.set_input_size(np.int64(64))
     assert model.head.fc.out_features == 3
-    json.dumps([model.config.to_dict(), model.num_classes, model.drop_rate])
+    json.dumps([model.cfg.to_dict(), model.num_classes, model.drop_rate])
 
 
 def test_layer_scale_may_be_left_out():
     model = timm.create_model("test_glattn", layer_scale=0)
     assert not [name for name, _ in model.named_parameters() if "ls1" in name or "ls2" in name]
-    again = timm.create_model("test_glattn", **model.config.to_dict())  # which drops what is None
+    again = timm.create_model("test_glattn", **model.cfg.to_dict())  # which drops what is None
     again.load_state_dict(model.state_dict())
 
 
@@ -145,3 +148,10 @@ def test_every_kind_is_reachable():
 
 def _companions(option, kind):
     return {"layout": "window"} if option == "window_sizing" and kind != "fixed" else {}
+
+
+@pytest.mark.parametrize("mixer", ["full", (MixerConfig(),) * 3, ("full",) * 4])
+def test_a_mixer_is_one_or_one_a_stage(mixer):
+    with pytest.raises(ValueError, match="give a MixerConfig, or 4 of them"):
+        GLAttnConfig(mixer=mixer)
+    assert GLAttnConfig(mixer=[MixerConfig()] * 4) == GLAttnConfig(mixer=MixerConfig()) == GLAttnConfig()

@@ -23,14 +23,16 @@ SMALL = [name for name in VARIANTS if name not in ("glattn_base", "glattn_large"
 
 
 def test_nothing_in_names_or_attributes_misleads():
-    """Tools tell transformers with tokens, or NHWC maps, by these."""
+    """Tools tell transformers with tokens, NHWC maps, or Hugging Face's models by these."""
     for name in VARIANTS:
         assert "vit" not in name
         assert "swin" not in name
     model = timm.create_model("test_glattn")
     assert getattr(model, "output_fmt", "NCHW") == "NCHW"
     assert not [
-        attribute for attribute in ("patch_embed", "cls_token", "num_prefix_tokens") if hasattr(model, attribute)
+        attribute
+        for attribute in ("patch_embed", "cls_token", "num_prefix_tokens", "config")
+        if hasattr(model, attribute)
     ]
     assert [info["reduction"] for info in model.feature_info] == [4, 8, 16, 32]
     assert dict(model.named_modules())[model.default_cfg["first_conv"]].in_channels == 3

@@ -19,6 +19,8 @@ from transformers import (
     TimmBackbone,
     TimmBackboneConfig,
     TimmWrapperForImageClassification,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
@@ -138,3 +140,26 @@ def test_a_classifier_fine_tunes_with_new_classes_and_checkpointing(saved):
     loss.backward()
     assert model.timm_model.get_classifier().weight.shape == (5, 64)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+class _Trainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        logits = model(inputs["image"])
+        loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def test_the_trainer_trains_it(tmp_path):
+    images = [{"image": torch.randn(3, 64, 64), "labels": number % 3} for number in range(8)]
+    model = timm.create_model("test_glattn", num_classes=3)
+    before = model.head.fc.weight.detach().clone()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, max_steps=2, per_device_train_batch_size=4,
+        remove_unused_columns=False, label_names=["labels"], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = _Trainer(model=model, args=arguments, train_dataset=images, eval_dataset=images)
+    trainer.train()
+    assert not torch.equal(model.head.fc.weight, before)
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").is_file()

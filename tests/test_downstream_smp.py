@@ -90,6 +90,8 @@ def test_the_stem_encoder_takes_the_decoder_s_channels_depth_and_stride():
     assert model.encoder(torch.randn(1, 3, 64, 64))[-1].shape[-1] == 4
     with pytest.raises(ValueError, match="depth=6; give 1 to 5"):
         smp.encoders.get_encoder(name, depth=6)
+    with pytest.raises(ValueError, match="in_chans=1: leave it out, and give the decoder in_channels=1"):
+        stem_encoder("test_glattn", in_chans=1)
 
 
 @pytest.mark.parametrize("in_channels", [1, 2, 5])

@@ -112,7 +112,7 @@ def test_options_of_the_model_travel(client):
         push(model, "org/options")
         pulled = timm.create_model("hf-hub:org/options", pretrained=True)
         image = image[:, :1]
-        result = differ(model, pulled), pulled.config == model.config, pulled.in_chans
+        result = differ(model, pulled), pulled.cfg == model.cfg, pulled.in_chans
     """) == [0.0, True, 1]
 
 

@@ -111,6 +111,7 @@ def test_efficient_channel_attention_by_its_formula():
     scale = torch.stack([mean[:, c : c + len(weight)] @ weight for c in range(DIM)], dim=1).sigmoid()
     close(branch(x), inside * scale[:, :, None, None])
     assert len(weight) > 1
+    assert branch(x[:0]).shape == (0, DIM, 6, 9)
 
 
 @pytest.mark.parametrize("gate", TABLES["local_gate"])

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from models import SIZES, VARIANTS, randomize, relative, scripted
-from timm.layers import set_fused_attn
+from timm.layers import set_fused_attn, set_reentrant_ckpt
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.utils import AttentionExtract, freeze, reparameterize_model, unfreeze
 from torch import nn
@@ -147,7 +147,7 @@ def test_folding_in_steps_is_the_same():
 
 def test_a_stem_and_a_head_of_ones_own_are_called_for_themselves():
     model, x = timm.create_model("test_glattn").eval(), torch.randn(2, 3, 64, 64)
-    model.stem, model.head = nn.Conv2d(3, model.config.dims[0], 4, 4), nn.Identity()
+    model.stem, model.head = nn.Conv2d(3, model.cfg.dims[0], 4, 4), nn.Identity()
     last, maps = model.forward_intermediates(x)
     assert torch.equal(model(x), last)
     assert [tuple(m.shape[2:]) for m in maps] == [(16, 16), (8, 8), (4, 4), (2, 2)]
@@ -178,7 +178,7 @@ def test_the_folded_default_is_one_attention_call_a_block(monkeypatch):
         nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k)
     )
     model(torch.randn(1, 3, 64, 64))
-    assert len(calls) == sum(model.config.depths)
+    assert len(calls) == sum(model.cfg.depths)
     left = {type(m).__name__ for m in model.modules() if not list(m.children())}
     assert left <= {
         "AdaptiveAvgPool2d", "Dropout", "FastAdaptiveAvgPool", "Flatten", "FoldedConv", "Full", "Hardswish", "Identity",
@@ -331,7 +331,7 @@ def test_feature_wrappers_see_the_same_network(feature_cls):
     for mine, theirs in zip(model.forward_intermediates(x, intermediates_only=True), out, strict=True):
         torch.testing.assert_close(theirs, mine)
     assert wrapper.feature_info.reduction() == [4, 8, 16, 32]
-    assert wrapper.feature_info.channels() == list(model.config.dims)
+    assert wrapper.feature_info.channels() == list(model.cfg.dims)
 
 
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
@@ -353,17 +353,51 @@ def test_what_is_dilated_is_what_was_strided(output_stride):
     torch.testing.assert_close(dilated(x)[:, :, ::step, ::step], strided(x))
 
 
+AUGMENTED = {"fusion": "local", "local": "augmented", "dims": (32, 32, 32, 64)}
+
+
 @pytest.mark.parametrize("method", ["fx", "hook"])
-def test_attention_maps_are_extracted(method):
+@pytest.mark.parametrize("options", [{}, AUGMENTED], ids=["softmax", "augmented"])
+def test_attention_maps_are_extracted(options, method):
+    fused = timm.create_model("test_glattn", layout="full", **options).eval()
     set_fused_attn(False)
     try:
-        model = timm.create_model("test_glattn", layout="full").eval()
+        model = timm.create_model("test_glattn", layout="full", **options).eval()
     finally:
         set_fused_attn(True)
-    maps = AttentionExtract(model, method=method)(torch.randn(2, 3, 64, 64))
-    assert len(maps) == sum(model.config.depths)
+    model.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(x), fused(x))
+    maps = AttentionExtract(model, method=method)(x)
+    assert len(maps) == sum(model.cfg.depths)
     for attention in maps.values():
         torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention.sum(-1)))
+
+
+def test_a_classifier_needs_a_pooled_map():
+    model = timm.create_model("test_glattn", num_classes=3)
+    model.prune_intermediate_layers([1])
+    with pytest.raises(ValueError, match="global_pool='' leaves num_classes=5 a map"):
+        model.reset_classifier(5)
+    model.reset_classifier(5, "avg")
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_reentrant_if_timm_says_so(reentrant, monkeypatch):
+    asked = []
+    plain = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: asked.append(k["use_reentrant"]) or plain(*a, **k)
+    )
+    model = timm.create_model("test_glattn", num_classes=3)
+    model.set_grad_checkpointing()
+    set_reentrant_ckpt(reentrant)
+    try:
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+    finally:
+        set_reentrant_ckpt(False)
+    assert asked == [reentrant] * sum(model.cfg.depths)
 
 
 def test_a_size_can_be_set_and_left():

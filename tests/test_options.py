@@ -174,7 +174,7 @@ def test_a_kind_may_differ_from_stage_to_stage(axis):
     kinds = list(itertools.islice(itertools.cycle(TABLES[axis]), 4))
     given = {"layout": "window", "position": "rope", "head_dim": 4, axis: kinds}
     model = timm.create_model("test_glattn", num_classes=3, img_size=64, **given)
-    assert [getattr(m, axis) for m in model.config.mixer] == kinds
+    assert [getattr(m, axis) for m in model.cfg.mixer] == kinds
     model(torch.randn(2, 3, 65, 40)).sum().backward()
 
 

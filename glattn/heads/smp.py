@@ -67,7 +67,17 @@ def stem_encoder(name: str, **kwargs: Any) -> str:
         kwargs: Keywords of ``timm.create_model``: ``pretrained``, ``drop_path_rate`` and so on. ``in_chans``,
             depth and stride are the decoder's to say. The name that is returned tells them, so that a model made
             again with others does not take its place; to load a saved model, call this with the same ones before.
+
+    Raises:
+        ValueError: A keyword is the decoder's to say.
     """
+    for key, said in {
+        "in_chans": "in_channels",
+        "depth": "encoder_depth",
+        "output_stride": "encoder_output_stride",
+    }.items():
+        if key in kwargs:
+            raise ValueError(f"{key}={kwargs[key]!r}: leave it out, and give the decoder {said}={kwargs[key]!r}")
     encoder = ",".join([f"{name}+stem", *(f"{key}={kwargs[key]!r}" for key in sorted(kwargs))])
     encoders[encoder] = {"encoder": StemEncoder, "pretrained_settings": {}, "params": {"name": name, **kwargs}}
     return encoder

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 
 from glattn.layers.conv import ConvNorm, MultiScaleConv, num_groups
@@ -47,6 +47,28 @@ def relative_logits(q: Tensor, rows: Tensor, columns: Tensor, height: int, width
     by_row = by_row.reshape(-1, tokens, height, 1)
     by_column = by_column.transpose(1, 2).reshape(-1, tokens, 1, width)
     return (by_row + by_column).reshape(batch, heads, tokens, tokens)
+
+
+class BiasedSoftmax(nn.Module):
+    """``softmax(q k' / sqrt(head_dim) + logits) v``, ``(B, heads, N, head_dim)``.
+
+    With ``timm.layers.set_fused_attn(False)`` at construction the weights are a tensor, as `Softmax`'s.
+    """
+
+    __constants__ = ["fused_attn"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused_attn = use_fused_attn()
+        self.attn_drop = nn.Identity()  # `timm.utils.AttentionExtract` finds the weights by its name
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, logits: Tensor) -> Tensor:
+        """Return the outputs."""
+        if self.fused_attn:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=logits)
+        attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + logits
+        attn = attn.softmax(dim=-1)
+        return self.attn_drop(attn) @ v
 
 
 class AugmentedConv(nn.Module):
@@ -98,6 +120,7 @@ class AugmentedConv(nn.Module):
             self.qkv = ConvNorm(dim, 3 * attn_dim, **factory)
             self.rows = nn.Parameter(torch.empty(2 * reach - 1, attn_dim // num_heads, **factory))
             self.columns = nn.Parameter(torch.empty(2 * reach - 1, attn_dim // num_heads, **factory))
+            self.inner_attn = BiasedSoftmax()
             self.proj = ConvNorm(attn_dim, attn_dim, **factory)
             self.reset_parameters()
 
@@ -126,7 +149,7 @@ class AugmentedConv(nn.Module):
         qkv = qkv.reshape(-1, height * width, 3 * self.num_heads, self.attn_dim // self.num_heads).transpose(1, 2)
         q, k, v = qkv.chunk(3, dim=1)
         logits = relative_logits(q, self.rows, self.columns, height, width) * q.shape[-1] ** -0.5
-        attn = F.scaled_dot_product_attention(q, k, v, attn_mask=logits).transpose(1, 2).flatten(2)
+        attn = self.inner_attn(q, k, v, logits).transpose(1, 2).flatten(2)
         attn = self.proj(attn.transpose(1, 2).reshape(-1, self.attn_dim, height, width))
         if self.stride > 1:
             attn = unpool(attn, self.stride, x.shape[2], x.shape[3])

@@ -50,10 +50,19 @@ class SqueezeExcite(timm.layers.SqueezeExcite):
         return torch.addcmul(other, x, gate[:, :, None, None])
 
 
+class EcaModule(timm.layers.EcaModule):
+    """timm's: ``x sigmoid(conv(mean(x)))``, the convolution over channels, ``(B, C, H, W) -> (B, C, H, W)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the gated map; timm's own takes no batch of 0."""
+        y = self.conv(x.mean((2, 3)).unsqueeze(1))
+        return x * self.gate(y).transpose(1, 2).unsqueeze(3)
+
+
 _PARTS = [Pointwise, nn.Identity, nn.ReLU, Pointwise, timm.layers.Sigmoid]  # fc1, bn, act, fc2, gate
 
 
-GATES: dict[str, Callable[..., nn.Module]] = {"se": SqueezeExcite, "eca": timm.layers.EcaModule, "none": _identity}
+GATES: dict[str, Callable[..., nn.Module]] = {"se": SqueezeExcite, "eca": EcaModule, "none": _identity}
 
 
 class ImprovedLocalAttention(nn.Module):

@@ -173,7 +173,7 @@ def _guess(key: str) -> str:
 
 def _difference(model: nn.Module, cfg: Mapping[str, Any], path: Path | None) -> str:
     """Return which options the checkpoint was made with and the model was not, if a config.json says."""
-    config, architecture = getattr(model, "config", None), cfg.get("architecture")
+    config, architecture = getattr(model, "cfg", None), cfg.get("architecture")
     if not isinstance(config, GLAttnConfig) or architecture not in VARIANTS:
         return ""
     made: Mapping[str, Any] = getattr(model, "pretrained_model_args", None) or {}

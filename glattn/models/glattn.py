@@ -14,7 +14,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from glattn.config import GLAttnConfig, as_integer, as_rate, check_choice
+from glattn.config import GLAttnConfig, as_integer, as_rate, check_choice, check_names
 from glattn.models.checkpoint import checkpoint_filter_fn
 from glattn.models.stages import Stage, Stem, ceil_size
 from glattn.models.variants import VARIANTS
@@ -65,6 +65,7 @@ class GLAttn(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_names(options, more=GLAttn.__init__.__kwdefaults__ or ())
         config = (cfg or GLAttnConfig()).replace(**options)
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride={output_stride!r} is not one of 8, 16, 32")
@@ -78,7 +79,7 @@ class GLAttn(nn.Module):
             )
         factory = {"device": device, "dtype": dtype}
         size = image_size(img_size)
-        self.config = config
+        self.cfg = config  # not `config`, which transformers takes for one of its own
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
 
         stride = config.stem_stride
@@ -177,7 +178,7 @@ class GLAttn(nn.Module):
             return
         size = image_size(img_size)
         if hasattr(self.stem.pos_embed, "set_map_size"):
-            self.stem.pos_embed.set_map_size(ceil_size(size, self.config.stem_stride))
+            self.stem.pos_embed.set_map_size(ceil_size(size, self.cfg.stem_stride))
         for stage, info in zip(self.stages, self.feature_info[self.num_stem_features :], strict=False):
             stage.set_map_size(ceil_size(size, info["reduction"]))
         update_model_input_size(self, size)
@@ -189,11 +190,15 @@ class GLAttn(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """Give the model a new classifier for this many classes (0: none), and another pooling if named."""
+        """Give the model a new classifier for this many classes (0: none), and another pooling if named.
+
+        Raises:
+            ValueError: There are classes, and no pooling before them.
+        """
         num_classes = as_integer("num_classes", num_classes, 0)
         if global_pool is not None:
             check_choice("global_pool", global_pool, POOLS)
-            check_pooled(num_classes, global_pool)
+        check_pooled(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
@@ -251,7 +256,7 @@ class GLAttn(nn.Module):
         pruned = kept < len(self.stages)
         self.stages = self.stages[:kept]
         if pruned:
-            self.num_features = self.head_hidden_size = self.config.dims[max(kept - 1, 0)]
+            self.num_features = self.head_hidden_size = self.cfg.dims[max(kept - 1, 0)]
         if prune_head or pruned:
             self.reset_classifier(0, "", reset_other=True)
         return list(take_indices)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.models import checkpoint
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from glattn.config import GLAttnConfig
 from glattn.layers.absolute_position import AbsolutePosition
@@ -122,6 +122,6 @@ class Stage(nn.Module):
         x = self.pos_embed(self.downsample(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x)
             return x
         return self.blocks(x)
