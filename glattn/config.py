@@ -148,12 +148,9 @@ class GLAttnConfig:
     abs_pos: str = "none"
 
     def __post_init__(self) -> None:
-        if isinstance(self.mixer, MixerConfig):
-            object.__setattr__(self, "mixer", (self.mixer,) * NUM_STAGES)
-        mixer: Any = self.mixer
-        stages = tuple(mixer) if isinstance(mixer, list | tuple) else ()
-        if len(stages) != NUM_STAGES or not all(isinstance(stage, MixerConfig) for stage in stages):
-            raise ValueError(f"mixer={mixer!r}; give a MixerConfig, or {NUM_STAGES} of them, one a stage")
+        stages = per_stage("mixer", self.mixer)
+        if not all(isinstance(stage, MixerConfig) for stage in stages):
+            raise ValueError(f"mixer={self.mixer!r}; give a MixerConfig, or {NUM_STAGES} of them, one a stage")
         object.__setattr__(self, "mixer", stages)
         for name in ("dims", "depths"):
             value = _integers(name, getattr(self, name))

@@ -21,14 +21,14 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: There is no writing in that folder, or `path` is a folder, a device or a pipe.
     """
-    path = Path(os.path.realpath(path))
+    given, path = path, Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "no plain file", str(path))
+        raise OSError(errno.EINVAL, "no plain file", str(given))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror, str(given)) from None
     os.close(handle)
     temporary = Path(name)
     try:

@@ -514,12 +514,12 @@ def when_it_helps(name: str, folder: Path) -> str:
             seeds = sorted(tests[0].keys() & tests[1].keys())  # which the gain is of
             means = [mean_top1([run for run in runs if run["seed"] in seeds]) for runs in both]
             by_seed = ", ".join(f"{tests[0][seed] - tests[1][seed]:+.1f}" for seed in seeds)
-            rates = "; ".join(rates_tried(f"{measured}/{task}", one) for one in (arm, other))
-            rows.append([shown, *means, *difference(row)[:2], by_seed, rates])
+            rates = [rates_tried(f"{measured}/{task}", one) for one in (arm, other)]
+            rows.append([shown, *means, *difference(row)[:2], by_seed, *rates])
     if not rows:
         raise ValueError(f"docs/results/{measured}: no comparison of {arm} with scratch; transfer.py first")
     head = ("task", "from these weights, %", "from scratch, %", "gained", "95% of resampled tests", "gained by seed")
-    head += ("rates tried; from scratch",)
+    head += ("rates tried", "rates tried from scratch")
     table = markdown(head, rows)
     _, again = transferred("in-place/transfer")
     later = ", ".join(f"{mean_top1(runs)}% on {task}" for (task, start), runs in again.items() if start == arm)

@@ -40,6 +40,7 @@ def test_configs_are_frozen():
         ({"layuot": "full"}, ["layuot", "did you mean 'layout'"]),
         ({"num_clases": 3}, ["did you mean 'num_classes'"]),
         ({"out_stride": 8}, ["did you mean 'output_stride'"]),
+        ({"pretraned": True}, ["did you mean 'pretrained'"]),
         ({"drop_path": 0.1}, ["did you mean 'drop_path_rate'"]),
         ({"not_an_option": 1}, ["not_an_option", "kernel_sizes"]),
     ],
@@ -152,6 +153,6 @@ def _companions(option, kind):
 
 @pytest.mark.parametrize("mixer", ["full", (MixerConfig(),) * 3, ("full",) * 4])
 def test_a_mixer_is_one_or_one_a_stage(mixer):
-    with pytest.raises(ValueError, match="give a MixerConfig, or 4 of them"):
+    with pytest.raises(ValueError, match=r"mixer.* give .* 4"):
         GLAttnConfig(mixer=mixer)
     assert GLAttnConfig(mixer=[MixerConfig()] * 4) == GLAttnConfig(mixer=MixerConfig()) == GLAttnConfig()

@@ -56,6 +56,17 @@ def launch(launcher, folder, *options):
     return ended.stdout
 
 
+def test_a_bad_image_that_the_second_process_reads_is_refused_by_both(tmp_path):
+    root = image_folders.write_folder(tmp_path / "images", train=4, val=2)
+    bad = image_folders.spoil(root / "train" / "blue" / "001.png", "text")
+    options = (f"data={root}", "bad_images=refuse", "workers=0")
+    ended = subprocess.run(command("torchrun", tmp_path / "run", *options), capture_output=True, text=True, check=False,
+                           env=ENVIRONMENT, timeout=500)  # fmt: skip
+    assert ended.returncode != 0
+    assert ended.stderr.count(f"1 image(s) cannot be read, e.g. {bad}") == 2
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def one(images, tmp_path_factory):
     """The run of one process."""

@@ -360,18 +360,23 @@ def test_a_broken_tar_is_refused_as_its_folder(break_it, tmp_path):
         open_folder(packed(root / "train"))
 
 
+def packed_classes(folder):
+    """Pack each class of a folder, and the .tar files beside the folder; return that one."""
+    with tarfile.open(f"{folder}-classes.tar", "w") as tar:
+        for path in folder.iterdir():
+            with tarfile.open(folder.parent / f"{path.name}.tar", "w") as inner:
+                for image in path.iterdir():
+                    inner.add(image, arcname=image.name)
+            tar.add(inner.name, arcname=f"{path.name}.tar")
+    return Path(f"{folder}-classes.tar")
+
+
 @LEFT_OPEN
 def test_tars_in_a_tar_are_classes(tmp_path):
-    with tarfile.open(tmp_path / "all.tar", "w") as tar:
-        for name in ("red", "blue"):
-            write_class(tmp_path / name, COLOURS[name], 2)
-            with tarfile.open(tmp_path / f"{name}.tar", "w") as inner:
-                for path in (tmp_path / name).iterdir():
-                    inner.add(path, arcname=path.name)
-            tar.add(tmp_path / f"{name}.tar", arcname=f"{name}.tar")
-    source = open_folder(tmp_path / "all.tar")
-    assert source.class_names == ("blue", "red")
-    assert source.class_counts().tolist() == [2, 2]
+    root = write_folder(tmp_path / "data", train=2)
+    source = open_folder(packed_classes(root / "train"))
+    assert source.class_names == tuple(sorted(COLOURS))
+    assert source.class_counts().tolist() == [2, 2, 2]
 
 
 def test_a_tar_that_is_none_is_refused(tmp_path):
@@ -450,27 +455,24 @@ def test_no_readable_image_at_all_ends_in_an_error(tmp_path):
         next(iter(loader))
 
 
-def test_no_readable_image_at_all_is_told_before_training(tmp_path, capsys):
-    root = write_folder(tmp_path / "data", train=2)
-    for path in root.glob("train/*/*.png"):
+@pytest.mark.parametrize(("split", "told"), [("train", "training"), ("val", "validation")])
+def test_no_readable_image_at_all_is_told_before_training(split, told, tmp_path, capsys):
+    root = write_folder(tmp_path / "data", train=2, val=2)
+    for path in root.glob(f"{split}/*/*.png"):
         spoil(path, "text")
     given = ["train", "model=test_glattn", "device=cpu", "tracker=none", "workers=1", f"run={tmp_path / 'run'}"]
     assert main([*given, f"data={root}"]) == 1
     said = capsys.readouterr().err
-    assert "none of the 6 training images can be read, e.g. " in said
+    assert f"none of the 6 {told} images can be read, e.g. " in said
     assert "000.png (" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_class_may_be_named_as_a_split_is(tmp_path, capsys):
+def test_a_class_named_as_a_split_is_told(tmp_path):
     for name in ("bus", "car", "train"):
         write_class(tmp_path / name, COLOURS["red"], 4, seed=1)
-    train, val = open_sources(TrainConfig(data=str(tmp_path)))
-    assert train.class_names == val.class_names == ("bus", "car", "train")
-    assert main(["check-data", str(tmp_path)]) == 0
-    shutil.rmtree(tmp_path / "bus")  # one other folder may be anything
-    with pytest.raises(ValueError, match="train holds images of no class"):
+    with pytest.raises(ValueError, match="and a class named train is taken for a split"):
         open_sources(TrainConfig(data=str(tmp_path)))
 
 
@@ -493,6 +495,9 @@ class Columns:
         ({"image": [None] * 3, "label": [0, 2, 1]}, ("0", "1", "2")),
         ({"image": [None] * 3, "labels": [0, 2, 1]}, "no column 'label' of classes; it has 'image', 'labels'"),
         ({"image": [None] * 3, "label": ["a", "b", "a"]}, "column 'label' does not hold classes' numbers"),
+        ({"image": [None] * 3, "label": [0.5, 1.7, 0.0]}, "column 'label' does not hold classes' numbers"),
+        ({"image": [None] * 3, "label": [[0], [1], [0]]}, "column 'label' does not hold classes' numbers"),
+        ({"image": [None] * 3, "label": [-1, -1, -1]}, "column 'label' does not hold classes' numbers"),
     ],
 )
 def test_columns_of_hugging_face_datasets(columns, found, monkeypatch):
@@ -538,23 +543,31 @@ def test_check_data_lists_names_that_are_no_text(tmp_path, capsys):
 
 
 @LEFT_OPEN
-def test_a_large_tar_is_read_as_it_is_and_gets_no_index_beside_it(tmp_path):
+def test_a_large_tar_is_read_anew_where_its_index_is_older(tmp_path, monkeypatch):
     root = write_folder(tmp_path / "data", train=2)
-    for count in (6, 7):
+    index = root / "_train_tarinfos.pickle"
+    for name, writable in (("1", False), ("2", True), ("3", True)):
         path = packed(root / "train")
         os.truncate(path, 11 * 2**30)  # of holes; timm keeps an index of what is above 10 GB
-        assert len(open_folder(path)) == count
-        shutil.copy(root / "train" / "red" / "000.png", root / "train" / "red" / "more.png")
-    assert sorted(found.name for found in root.iterdir()) == ["train", "train.tar", "val"]
+        monkeypatch.setattr(os, "access", lambda *_, yes=writable: yes)
+        assert len(open_folder(path)) == 5 + int(name)
+        assert index.exists() == writable
+        if writable:
+            os.utime(index, (0, 0))
+        shutil.copy(root / "train" / "red" / "000.png", root / "train" / "red" / f"more{name}.png")
+    index.write_bytes(b"")
+    with pytest.raises(ValueError, match="that can be read: Ran out of input"):
+        open_folder(path)
 
 
 @LEFT_OPEN
 def test_a_tar_that_was_read_through_goes_to_spawned_workers(tmp_path):
     root = write_folder(tmp_path / "data", train=2)
-    source = open_folder(packed(root / "train"))
-    refuse_unreadable(source)
-    refuse_bad(source)
-    assert len(pickle.loads(pickle.dumps(source))) == 6
+    for path in (packed(root / "train"), packed_classes(root / "train")):
+        source = open_folder(path)
+        refuse_unreadable(training=source)
+        refuse_bad(source)
+        assert len(pickle.loads(pickle.dumps(source))) == 6
 
 
 def test_bad_images_are_refused_by_any_process_share(tmp_path):

@@ -20,6 +20,11 @@ from glattn.models.stages import Stage, Stem, ceil_size
 from glattn.models.variants import VARIANTS
 from glattn.models.weights import HUB, reading_checkpoint, source_overlay
 
+# what `timm.create_model` takes before the model does
+_OF_TIMM = (
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
+    "out_indices", "feature_cls", "scriptable", "exportable", "no_jit",
+)  # fmt: skip
 POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
 
 
@@ -65,7 +70,7 @@ class GLAttn(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        check_names(options, more=GLAttn.__init__.__kwdefaults__ or ())
+        check_names(options, more=(*(GLAttn.__init__.__kwdefaults__ or ()), *_OF_TIMM))
         config = (cfg or GLAttnConfig()).replace(**options)
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride={output_stride!r} is not one of 8, 16, 32")

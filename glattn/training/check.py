@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,22 +42,23 @@ def _why_bad(source: Source, index: int) -> str:
     return ""
 
 
-def refuse_unreadable(source: Source) -> None:
-    """Raise if no image of a source can be read; as a rule the first one can."""
-    try:
-        if all(_why_bad(source, index) for index in range(len(source))):
-            raise ValueError(
-                f"none of the {len(source)} training images can be read, e.g. {source.name(0)} ({_why_bad(source, 0)})"
-            )
-    finally:
+def refuse_unreadable(**splits: Source) -> None:
+    """Raise if no image of a split can be read; as a rule the first one can."""
+    for split, source in splits.items():
+        reasons = list(takewhile(bool, (_why_bad(source, index) for index in range(len(source)))))
         source.close()
+        if len(reasons) == len(source):
+            raise ValueError(
+                f"none of the {len(source)} {split} images can be read, e.g. {source.name(0)} ({reasons[0]})"
+            )
 
 
 def refuse_bad(*sources: Source, rank: int = 0, world: int = 1) -> None:
     """Raise if any image of `sources` cannot be read, after reading them all, shared among `world` processes."""
     from accelerate.utils import gather_object
 
-    workers = max(1, (os.cpu_count() or 1) // world)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # of the processes, on this machine
+    workers = max(1, (os.cpu_count() or 1) // here)
     bad = [found for source in sources for found in find_bad_images(source, workers=workers, rank=rank, world=world)]
     bad = gather_object(bad) if world > 1 else bad
     if bad:

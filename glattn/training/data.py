@@ -10,10 +10,8 @@ from timm.data import create_dataset
 from glattn.files import one_line, user_path
 from glattn.training.config import DRAWN, TrainConfig
 from glattn.training.digits import write_digits
-from glattn.training.image_folder import EXTENSIONS, open_folder
-from glattn.training.source import Source, split_source
-
-SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation", "eval", "evaluation")}
+from glattn.training.image_folder import open_folder
+from glattn.training.source import SPLITS, Source, split_source
 
 
 def open_sources(config: TrainConfig) -> tuple[Source, Source]:
@@ -96,19 +94,9 @@ def find_split(root: Path, split: str) -> Path | None:
     names = next((names for names in SPLITS.values() if split in names), (split,))
     for name in (split, *names):
         for candidate in (root / name, root / f"{name}.tar"):
-            if candidate.exists() and not (_holds_images(candidate) and _holds_classes(root)):
+            if candidate.exists():
                 return candidate
     return None
-
-
-def _holds_images(folder: Path) -> bool:
-    return folder.is_dir() and any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
-
-
-def _holds_classes(root: Path) -> bool:
-    """Tell whether two folders or more that no split is named after hold images: then one named so is a class too."""
-    splits = {"test", *SPLITS["train"], *SPLITS["validation"]}
-    return sum(_holds_images(folder) for folder in root.iterdir() if folder.name not in splits) > 1
 
 
 def _open_named(name: str, root: str, split: str) -> Source:
@@ -126,10 +114,9 @@ def _open_named(name: str, root: str, split: str) -> Source:
         if key not in columns:
             raise ValueError(f"dataset={name!r} has no column {key!r} of classes; it has {_some(list(columns))}")
         names = getattr(columns[key], "names", None)
-        try:
-            targets = np.asarray(reader.dataset[key], dtype=np.int64)
-        except (TypeError, ValueError):
-            raise ValueError(f"dataset={name!r}: column {key!r} does not hold classes' numbers") from None
+        targets = np.array([*reader.dataset[key]])
+        if targets.ndim != 1 or targets.dtype.kind not in "iu" or targets.min() < 0:
+            raise ValueError(f"dataset={name!r}, split {split!r}: column {key!r} does not hold classes' numbers")
     else:
         targets = np.asarray(getattr(dataset, "targets", []), dtype=np.int64)
         names = getattr(dataset, "classes", None)

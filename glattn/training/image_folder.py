@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from timm.data import create_dataset
 from timm.data.readers import img_extensions
 from timm.utils.misc import natural_key
 
-from glattn.training.source import Source, within
+from glattn.training.source import SPLITS, Source, within
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -29,15 +30,15 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     empty = ValueError(f"no images in {root}; it should hold one folder a class, with {', '.join(EXTENSIONS)}")
     try:
         arguments: dict[str, Any] = {"class_map": class_map} if class_map else {}
-        if not is_folder:
-            arguments["cache_tarinfo"] = False  # else timm leaves an index beside a large one, and believes it for ever
+        if root.suffix == ".tar" and not _index_serves(root):
+            arguments["cache_tarinfo"] = False
         with _image_extensions():
             dataset = create_dataset("", root=str(root), search_split=False, **arguments)
         if is_folder:
             _leave_hidden_out(dataset.reader, root)
     except RuntimeError:
         raise empty from None
-    except (tarfile.TarError, AssertionError, TypeError, OSError, ValueError) as error:
+    except (tarfile.TarError, AssertionError, TypeError, OSError, ValueError, EOFError, UnpicklingError) as error:
         if str(error).startswith("not enough values to unpack"):  # what timm makes of a .tar without any
             raise empty from None
         raise ValueError(f"{root} is neither a folder nor a .tar that can be read: {error}") from None
@@ -66,6 +67,14 @@ def open_folder(root: Path, *, class_map: dict[str, int] | None = None) -> Sourc
     return Source(dataset, np.arange(len(targets)), np.array(targets, dtype=np.int64), tuple(names))
 
 
+def _index_serves(root: Path) -> bool:
+    """Tell whether the index that timm leaves beside a .tar above 10 GB is of this one, or can be written."""
+    index = root.with_name(f"_{root.stem}_tarinfos.pickle")
+    if index.exists():
+        return index.stat().st_mtime >= root.stat().st_mtime
+    return os.access(root.parent, os.W_OK)
+
+
 @contextmanager
 def _image_extensions() -> Iterator[None]:
     """Have timm's readers take what this package takes for images; one has no argument for it."""
@@ -78,7 +87,9 @@ def _image_extensions() -> Iterator[None]:
 
 
 def _loose(root: Path, name: str) -> ValueError:
-    return ValueError(f"{root} holds images of no class ({name}, ...); each belongs into a folder of its class")
+    split = any(root.name in names for names in SPLITS.values())
+    also = f", and a class named {root.name} is taken for a split" if split else ""
+    return ValueError(f"{root} holds images of no class ({name}, ...); each belongs into a folder of its class{also}")
 
 
 def _home(member: tarfile.TarInfo, archive: tarfile.TarInfo | None) -> str:

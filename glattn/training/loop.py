@@ -46,7 +46,7 @@ class Trainer:
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         self.config = config = dataclasses.replace(config, run=str(self.folder))
         self.train_source, self.val_source = data.open_sources(config)
-        refuse_unreadable(self.train_source)
+        refuse_unreadable(training=self.train_source, validation=self.val_source)
         if config.bad_images == "refuse":
             rank, world = self.accelerator.process_index, self.accelerator.num_processes
             refuse_bad(self.train_source, self.val_source, rank=rank, world=world)

@@ -17,6 +17,8 @@ from glattn.files import one_line
 from glattn.training.batches import make_loader
 from glattn.training.images import BadImageError, read_image
 
+SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation", "eval", "evaluation")}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -56,7 +58,8 @@ class Source:
         """Close the .tar that reading opened, if any: open, it can be neither shared with a process nor sent."""
         state = getattr(getattr(self.dataset, "reader", None), "tar_state", None)
         if state is not None:
-            state.reset()
+            for each in (state, *state.children.values()):  # of a .tar of .tar files, theirs too
+                each.reset()
 
     def name(self, index: int) -> str:
         """Return the path of image number `index`, or its number."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -43,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     output = user_path(args.output) if args.output else None
-    if output is not None and not output.absolute().parent.is_dir():
+    if output is not None and not Path(os.path.realpath(output)).parent.is_dir():
         raise FileNotFoundError(f"--output {output}: its folder is not there")
-    if output is not None and output.exists() and not output.is_file():
+    if output is not None and output.exists() and (not output.is_file() or output.parent == Path("/dev")):
         raise ValueError(f"--output {output}: {'is a folder' if output.is_dir() else 'is no plain file'}")
     folder = find_images(args.data, args.split)
     classifier = open_classifier(args)
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
 def find_images(data: str, split: str) -> Path:
     """Return the folder (or .tar) of the split, or `data` itself where it has no splits."""
-    from glattn.training.data import SPLITS, find_split
+    from glattn.training.data import find_split
+    from glattn.training.source import SPLITS
 
     root = user_path(data)
     if not root.exists():
