@@ -114,11 +114,11 @@ def export(
         difference, scale = 0.0, 0.0
         for shape in shapes:
             image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            with torch.inference_mode():
-                expected = model(image)
             try:
+                with torch.inference_mode():
+                    expected = model(image)
                 given = run(image)
-            except RuntimeError as error:
+            except Exception as error:  # each runtime has its own
                 hint = "; fix the size with --img-size" if fixed is None else ""
                 raise ValueError(
                     f"{path} is not written: it does not take {shape}{hint}: {one_line(error)[:300]}"
@@ -140,13 +140,14 @@ def export(
 def metadata(model: nn.Module, data_config: Mapping[str, Any]) -> dict[str, str]:
     """Return what a file says of the model, and of the images it takes, as JSON under each name."""
     from glattn import __version__
+    from glattn.hub.local_dir import by_index
 
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     names = cfg.get("label_names")
     color = {"color": "RGB"} if data_config["input_size"][0] == 3 else {}
     facts = {
         "architecture": cfg.get("architecture"),
-        "class_names": list(names) if names and len(names) == model.num_classes else None,
+        "class_names": by_index(names, len(names)) if names and len(names) == model.num_classes else None,
         "preprocessing": {**color, "range": [0, 1], **data_config},
         "license": cfg.get("license"),
         "glattn": __version__,
@@ -292,6 +293,7 @@ def run(args: argparse.Namespace) -> int:
 
     from glattn.files import user_path
     from glattn.hub import create_model
+    from glattn.hub.loading import plain_errors
     from glattn.hub.local_dir import model_folder
     from glattn.models.weights import missing_weights
 
@@ -302,7 +304,8 @@ def run(args: argparse.Namespace) -> int:
         name, pretrained = f"local-dir:{model_folder(run_folder)}", True
     else:
         name = args.model
-        known = get_pretrained_cfg(name) if ":" not in name else None
+        with plain_errors(name):
+            known = get_pretrained_cfg(name) if ":" not in name else None
         here = known is not None and known.has_weights and not missing_weights(str(known.architecture), known.to_dict())
         pretrained = ":" in name or here
     model = create_model(name, pretrained=pretrained)

@@ -24,7 +24,7 @@ from torch import Tensor
 import glattn  # noqa: F401 (registers the family)
 from glattn.benchmark.machine import describe
 from glattn.export import export
-from glattn.files import replacing
+from glattn.files import one_line, replacing
 from glattn.memory import keep_freed_memory
 
 Run = Callable[[Tensor], Tensor]
@@ -138,8 +138,8 @@ def main() -> int:
                     continue
                 try:
                     runs[runtime] = make(model, Path(folder), args.threads)
-                except ImportError as error:
-                    print(f"{runtime} is left out: {error}", file=sys.stderr)
+                except (ImportError, RuntimeError, ValueError) as error:
+                    print(f"{name}: {runtime} is left out: {one_line(error)[:300]}", file=sys.stderr)
             for batch in args.batches:
                 for height, width in args.sizes:
                     x = torch.randn(batch, 3, height, width)

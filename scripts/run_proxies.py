@@ -10,6 +10,7 @@ import base64
 import csv
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -286,11 +287,15 @@ def tested_split(source: Path) -> str:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return the images in a folder and those below it, sorted; folders whose names begin with a dot are left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-    return sorted(
-        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
-    )
+    """Return the images in a folder and those below it, sorted; folders whose names begin with a dot are left out.
+
+    Links to folders are followed, as in training.
+    """
+    found = []
+    for home, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(home, name) for name in names if Path(name).suffix.lower() in EXTENSIONS]
+    return sorted(path for path in found if path.is_file())
 
 
 def survey(source: Path) -> tuple[list[str], str]:

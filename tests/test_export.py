@@ -277,3 +277,11 @@ def test_what_is_asked_wrongly(run_folder, tmp_path, capsys):
     assert "ends in .pt2" in fails([str(run_folder), *arguments], capsys)
     assert "--img-size -1" in fails([str(run_folder), "--to", "torch-export", "--img-size", "-1"], capsys)
     assert "did you mean 'glattn_atto'" in fails(["glattn_ato", "--to", "torch-export"], capsys)
+    assert "Invalid pretrained tag (typo)" in fails(["glattn_atto.typo", "--to", "torch-export"], capsys)
+
+
+def test_a_model_of_some_sides_alone_says_how_to_fix_one(tmp_path):
+    model = timm.create_model("test_vit", dynamic_img_size=True, num_classes=3)
+    with pytest.raises(ValueError, match=r"does not take .*; fix the size with --img-size: Input height"):
+        export(model, "torch-export", tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())

@@ -162,8 +162,23 @@ def test_a_tag_of_the_registry_pulls_from_its_repository(hub, client):
     """) == [0.0, 0.0]
 
 
+def test_what_is_to_be_private_goes_to_no_public_repository(hub, client):
+    client('send("org/open")')
+    before = hub.files("org/open")
+    client("""
+        try:
+            send("org/open", seed=2, private=True)
+        except ValueError as error:
+            assert "org/open is there and public" in str(error), error
+        else:
+            raise AssertionError
+    """)
+    assert hub.files("org/open") == before
+
+
 def test_private_and_revision(hub, client, new_client):
     client('send("org/secret", private=True)')
+    client('send("org/secret", private=True)')  # as it is
     client('send("org/secret", seed=1, revision="v2")')
     assert hub.repos["org/secret"].private
     assert hub.files("org/secret")["model.safetensors"] != hub.files("org/secret", "v2")["model.safetensors"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import shutil
@@ -287,6 +288,53 @@ def test_damage_since_saving_is_found_even_where_every_value_is_finite(tmp_path,
         assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("licence", "said"),
+    [
+        ("mit", "license: mit\n"),
+        ("x-license", "license: other\nlicense_name: x-license\n"),
+        (None, "---\nlibrary_name"),
+    ],
+)
+def test_a_licence_is_one_of_the_hub_s_or_another_or_left_out(licence, said, tmp_path, model):
+    model.pretrained_cfg["license"] = licence
+    push(model, "org/name", dry_run=tmp_path)
+    assert said in (tmp_path / "README.md").read_text()
+
+
+def test_names_by_index_are_names(tmp_path, model):
+    names = [f"<class>\n{number}" for number in range(10)]
+    model.pretrained_cfg["label_names"] = {str(number): name for number, name in enumerate(names)}
+    push(model, "org/name", dry_run=tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == names
+    assert "&lt;class&gt; 0, &lt;class&gt; 1" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_best_folder_alone_has_its_measurements(moved, tmp_path, model):
+    run = tmp_path / "run"
+    push(model, "org/name", dry_run=run / "best")
+    (run / "best" / "metrics.json").write_text('{"epoch": 3, "top1": 87.125}')
+    (run / "config.yaml").write_text("dataset: digits\nseed: 7\n")
+    pushed = run / "best"
+    if moved:
+        pushed = pushed.rename(tmp_path / "final")
+    push(pushed, "org/name", dry_run=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "87.125" in card
+    assert ("| seed | 7 |" in card) != moved
+
+
+@pytest.mark.parametrize("told", [[], {"pretrained_cfg": None}, {"num_classes": "3"}, {"model_args": {"fooo": 1}}])
+def test_a_config_of_another_kind_is_one_line(told, tmp_path, model):
+    push(model, "org/name", dry_run=tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **told} if told else told))
+    with pytest.raises(ValueError, match=r"config\.json") as error:
+        create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert "\n" not in str(error.value)
+
+
 def test_push_refuses_what_would_not_load(tmp_path, model):
     with pytest.raises(ValueError, match=r"3 label_names for a model of 10 classes"):
         push(model, "org/name", dry_run=tmp_path, label_names=["a", "b", "c"])
@@ -294,6 +342,8 @@ def test_push_refuses_what_would_not_load(tmp_path, model):
         push(torch.nn.Linear(2, 2), "org/name", dry_run=tmp_path)
     with pytest.raises(FileNotFoundError, match="no model here"):
         push(tmp_path, "org/name", dry_run=tmp_path / "out")
+    with pytest.raises(ValueError, match="'name': give org/name"):
+        push(model, "name", dry_run=tmp_path)
     with pytest.raises(ValueError, match=re.escape("org/na me")):
         push(model, "org/na me", dry_run=tmp_path / "out")
     broken = trained()

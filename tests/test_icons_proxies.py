@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from image_folders import COLOURS, write_class
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -291,3 +292,14 @@ def test_a_training_that_fails_is_said_and_the_others_are_done(proxies, capsys):
     assert done.failed == ["fails"]
     assert re.search(r"fails: .*see .*\.log", capsys.readouterr().err)
     assert [row["other"] for row in done.compare()] == ["b"]
+
+
+def test_linked_folders_are_surveyed_as_they_are_trained_on(tmp_path):
+    for split in ("train", "val"):
+        write_class(tmp_path / "there" / split / "red", COLOURS["red"], 2)
+    (tmp_path / "data" / "val").mkdir(parents=True)
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "there" / "train")
+    (tmp_path / "data" / "val" / "red").symlink_to(tmp_path / "there" / "val" / "red")
+    tested, digest = run_proxies.survey(tmp_path / "data")
+    assert tested == ["red/000.png", "red/001.png"]
+    assert digest == run_proxies.survey(tmp_path / "there")[1]

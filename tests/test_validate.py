@@ -201,6 +201,13 @@ def test_a_file_of_weights_goes_by_the_folders_order(images, tmp_path, capsys):
     assert "3 of 3" in capsys.readouterr().out
 
 
+def test_a_file_of_a_model_of_two_classifiers_tells_its_classes(images, tmp_path, capsys):
+    name = "deit_tiny_distilled_patch16_224"
+    torch.save(timm.create_model(name, num_classes=3).state_dict(), tmp_path / "weights.pth")
+    assert validate(name, "--checkpoint", tmp_path / "weights.pth", "--data", images) == 0
+    assert "3 of 3" in capsys.readouterr().out
+
+
 def fail(capsys, *arguments):
     """Return the one line that a command fails with."""
     assert validate(*arguments) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import html
 import json
 import re
 import shlex
@@ -53,15 +54,19 @@ class Record:
 
 
 def read_record(run: Path) -> Record:
-    """Return what a training's run folder says of its best weights; a file that is missing says nothing.
+    """Return what a training's run folder, or its ``best``, says of its best weights; what is missing says nothing.
 
     Raises:
         ValueError: A file is there and broken.
     """
+    above = run.resolve().parent
+    if run.resolve().name == "best" and (above / "config.yaml").is_file():
+        run = above
     environment: dict[str, Any] = _read(run / "environment.json", json.loads) or {}
     config: dict[str, Any] = _read(run / "config.yaml", yaml.safe_load) or {}
     rows: list[Any] = _read(run / "metrics.csv", lambda text: list(csv.DictReader(text.splitlines()))) or []
-    metrics: dict[str, float] = _read(run / "best" / "metrics.json", json.loads) or {}
+    found = (_read(folder / "metrics.json", json.loads) for folder in (run / "best", run))  # beside the weights
+    metrics: dict[str, float] = next(filter(None, found), {})
     scores = [epoch_score(row, config.get("eval_metric", "top1")) for row in rows if row.get("top1")]
     seen = int(metrics.get("epoch") or (scores.index(max(scores)) + 1 if scores else len(rows)))
     command = environment.pop("command", None) or environment.pop("argv", None)
@@ -127,7 +132,7 @@ def model_card(model: nn.Module, name: str, config: Mapping[str, Any], record: R
         _table(("what", "value"), _input_rows(model, cfg)),
     ]
     if names := config.get("label_names"):
-        shown = ", ".join(str(label) for label in list(names)[:20])
+        shown = ", ".join(_shown(label) for label in list(names)[:20])
         sections += ["## Classes", shown + (f", ... ({len(names)} in all)" if len(names) > 20 else "")]
     text = plain(f"---\n{_metadata(name, config, record, ours).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     return f"{text}\n<!-- glattn card {_signature(text)} -->\n"
@@ -146,7 +151,8 @@ def _signature(text: str) -> str:
 def _metadata(name: str, config: Mapping[str, Any], record: Record, ours: bool) -> ModelCardData:
     # what is drawn is no data set of the Hub's
     named = record.dataset if record.dataset not in _KINDS else ""
-    dataset = named if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named or "") else None
+    plain_name = re.fullmatch(r"(?!.*(--|\.\.))[\w.-]+(/[\w.-]+)?", named or "", re.ASCII)
+    dataset = named if plain_name else None
     title = name.partition("@")[0].rpartition("/")[2]
     results = [
         EvalResult(
@@ -162,8 +168,10 @@ def _metadata(name: str, config: Mapping[str, Any], record: Record, ours: bool) 
     ]
     task = "image-classification" if config["num_classes"] else "image-feature-extraction"
     pipeline = ["transformers"] if _has_pipeline(config) else []
+    licence, licence_name = _license(config["pretrained_cfg"].get("license"))
     return ModelCardData(
-        license=config["pretrained_cfg"].get("license", "apache-2.0"),
+        license=licence,
+        license_name=licence_name,
         library_name="timm",
         pipeline_tag=task,
         tags=[task, "timm", *pipeline, *(["glattn"] if ours else [])],
@@ -171,6 +179,11 @@ def _metadata(name: str, config: Mapping[str, Any], record: Record, ours: bool) 
         model_name=title if results else None,
         eval_results=results or None,
     )
+
+
+def _license(name: str | None) -> tuple[str | None, str | None]:
+    """Return a licence, and its name if that is none of the Hub's own, as the Hub takes both."""
+    return ("other", name) if name and name.endswith("-license") else (name or None, None)
 
 
 def _measured(record: Record) -> list[str]:
@@ -292,7 +305,12 @@ def _input_rows(model: nn.Module, cfg: Mapping[str, Any]) -> list[tuple[str, Any
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_shown(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def _shown(text: Any) -> str:
+    """Return text on one line, in which nothing is a tag."""
+    return html.escape(" ".join(str(text).split()), quote=False)
 
 
 def _number(value: Any) -> str:

@@ -9,7 +9,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", help="run folder of a training, or a folder with model.safetensors and config.json")
     parser.add_argument("repo", help="where to: org/name on the Hub, made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--private", action="store_true", help="make a new repository private, and push to no public one"
+    )
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to, made if it is not there")
     parser.add_argument("--message", default="Upload model", help="the commit's message (%(default)r)")
     parser.add_argument("--dry-run", metavar="FOLDER", help="write the files to this folder; nothing is sent")

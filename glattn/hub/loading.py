@@ -70,9 +70,14 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     source, model_id = parse_model_name(model_name)
     if source is None and not is_model(split_model_name_tag(model_id)[0]):
         raise ValueError(f"unknown model {model_name!r}{did_you_mean(model_id, timm.list_models())}")
-    what = (_fetch(model_name, source, model_id, kwargs) if pretrained else None) or model_name
-    with plain_errors(what):
-        model = patiently(lambda: timm.create_model(model_name, pretrained, **kwargs))
+    try:
+        what = (_fetch(model_name, source, model_id, kwargs) if pretrained else None) or model_name
+        with plain_errors(what):
+            model = patiently(lambda: timm.create_model(model_name, pretrained, **kwargs))
+    except (TypeError, AttributeError) as error:
+        if source is None or kwargs:  # of the caller's
+            raise
+        raise ValueError(f"{model_name}: its config.json does not fit this version: {one_line(error)}") from error
     if checkpoint_path:
         _load_exactly(model, Path(checkpoint_path))
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,13 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from glattn.models.weights import CONFIG, WEIGHTS, save_weights
+
+
+def by_index(names: Any, count: int) -> tuple[str, ...]:
+    """Return the names of this many classes of a ``pretrained_cfg``: a list of them, or each under its index."""
+    if isinstance(names, Mapping):  # the index as text where it came from JSON
+        names = [names.get(index, names.get(str(index), "")) for index in range(count)]
+    return tuple(str(name) for name in names)
 
 
 def model_folder(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +21,10 @@ from torch import nn
 from glattn.files import copy_file, user_path, write_text
 from glattn.hub.card import CURVE, Record, is_untouched, model_card, read_record
 from glattn.hub.loading import create_model, patiently, plain_errors
-from glattn.hub.local_dir import model_folder, save_model
+from glattn.hub.local_dir import by_index, model_folder, save_model
 from glattn.models.checkpoint import is_folded
 
+_logger = logging.getLogger(__name__)
 README = "README.md"
 
 
@@ -48,7 +50,7 @@ def push(
         repo_id: ``org/name`` on the Hub; made if it is not there.
         label_names: The classes' names, if the model does not carry them.
         record: What the card says of the training, if the run folder does not.
-        private: Make a new repository private.
+        private: Make a new repository private, and push to no public one.
         revision: Branch to commit to, made if it is not there; ``main`` if not given.
         token: The Hub's token; that of ``HF_TOKEN`` or ``hf auth login`` if not given.
         message: The commit's message.
@@ -57,9 +59,12 @@ def push(
     Raises:
         FileNotFoundError: The folder holds no model.
         OSError: The Hub refuses or is out of reach; one line says why.
-        ValueError: The weights are not right, the model is folded, or the names do not fit the classes.
+        ValueError: The weights are not right, the model is folded, the names do not fit the classes, or a repository
+            that is to be private is there and public.
     """
     validate_repo_id(repo_id)
+    if "/" not in repo_id:  # the card's commands name it in full
+        raise ValueError(f"{repo_id!r}: give org/name, or your user name before the /")
     model, record = _load(source, record)
     name = f"{repo_id}@{revision}" if revision else repo_id
     with TemporaryDirectory(prefix="glattn-push-") as folder:
@@ -95,6 +100,7 @@ def _write(model: nn.Module, folder: Path, name: str, label_names: Sequence[str]
         if label_names is not None:
             raise ValueError(f"{len(labels)} label_names for a model of {model.num_classes} classes")
         labels = None  # the names of the weights that it was started from
+    labels = None if labels is None else by_index(labels, len(labels))
     config = save_model(model, folder, label_names=labels)
     write_text(folder / README, model_card(model, name, config, record))
     if record.curve is not None:
@@ -117,10 +123,15 @@ def _send(folder: Path, repo_id: str, private: bool, revision: str | None, token
     """Commit the folder's files, and return the commit's address."""
     api = HfApi(token=token, library_name="timm", library_version=timm.__version__)
     repo_id = patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True)).repo_id
+    if private and not patiently(lambda: api.repo_info(repo_id)).private:
+        raise ValueError(f"{repo_id} is there and public; make it private first, or leave --private out")
     if revision is not None:
         patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
     there = _card_there(api, repo_id, revision)
-    paths = [path for path in sorted(folder.iterdir()) if path.name != README or there is None or is_untouched(there)]
+    ours = there is None or is_untouched(there)
+    if not ours:
+        _logger.warning("%s has a README.md that somebody wrote or edited; it is left as it is", repo_id)
+    paths = [path for path in sorted(folder.iterdir()) if path.name != README or ours]
 
     def commit() -> str:
         # what an earlier try left behind is found by the client, so that trying again adds no second commit

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import glattn  # noqa: F401  (registers the family)
 from glattn.files import one_line, user_path
 from glattn.hub.loading import check_weights, create_model
-from glattn.training.classifier import by_index
+from glattn.hub.local_dir import by_index
 from glattn.training.config import TrainConfig
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from glattn.files import user_path
 from glattn.hub.loading import create_model, plain_errors
-from glattn.hub.local_dir import model_folder
+from glattn.hub.local_dir import by_index, model_folder
 
 _WHAT = "a run folder, a folder with config.json and weights, a file of weights, hf-hub:ORG/NAME, or a timm model"
 
@@ -87,7 +87,9 @@ def _load(checkpoint: str, model_name: str | None, **model_args: Any) -> nn.Modu
 def _load_file(path: Path, model_name: str | None, model_args: dict[str, Any]) -> nn.Module:
     if model_name is not None:
         cfg = create_model(model_name, num_classes=1).pretrained_cfg
-        model_args["num_classes"] = _count_classes(path, str(cfg.get("classifier")))  # type: ignore[operator, union-attr]
+        classifier = cfg.get("classifier")  # type: ignore[operator, union-attr]
+        first = classifier if isinstance(classifier, str) else classifier[0]  # of a distilled model's, say
+        model_args["num_classes"] = _count_classes(path, first)
     elif (path.parent / "config.json").is_file():
         with plain_errors(str(path.parent)):
             cfg, model_name, saved = load_model_config_from_path(str(path.parent))
@@ -107,13 +109,6 @@ def _count_classes(path: Path, classifier: str) -> int:
     if not found:
         raise ValueError(f"{path}: holds no {classifier}.weight; is it of this model?")
     return int(found[0].shape[0])
-
-
-def by_index(names: Any, count: int) -> tuple[str, ...]:
-    """Return the names of this many classes of a ``pretrained_cfg``: a list of them, or each under its index."""
-    if isinstance(names, Mapping):  # the index as text where it came from JSON
-        names = [names.get(index, names.get(str(index), "")) for index in range(count)]
-    return tuple(str(name) for name in names)
 
 
 def _names(cfg: Mapping[str, Any], count: int, checkpoint: str) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
