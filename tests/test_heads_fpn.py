@@ -13,6 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from glattn.heads import FPNBackbone, UNetFormer, fpn_backbone, unetformer
+from glattn.layers import TABLES
 
 LEVELS = {"pool": ["0", "1", "2", "3", "pool"], "p6p7": ["0", "1", "2", "p6", "p7"]}
 
@@ -129,6 +130,17 @@ def test_a_map_at_stride_two_is_no_level(name, options, extra):
     if options:
         backbone = fpn_backbone(name, extra=extra, out_channels=8, out_indices=range(5), **options).eval()
         assert backbone(torch.randn(1, 3, 64, 64))["0"].shape[-1] == 32
+
+
+@pytest.mark.parametrize("fusion", TABLES["fusion"])
+def test_frozen_norms_go_with_autocast(fusion):
+    backbone = fpn_backbone("test_glattn", out_channels=8, frozen_bn=True, fusion=fusion, head_dim=4)
+    x = torch.randn(1, 3, 64, 64)
+    wanted = backbone(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = backbone(x)
+    for name, feature in given.items():
+        assert (feature - wanted[name]).abs().max() < 0.05 * wanted[name].abs().max()
 
 
 def test_frozen_norms_hold_statistics_and_output():

@@ -1,5 +1,6 @@
 """Local branches, gates, fusions and the context block: each by its definition, from the module's own weights."""
 
+import copy
 import math
 
 import pytest
@@ -24,6 +25,7 @@ from glattn.layers.augmented import AugmentedConv, offset_embedding, relative_lo
 from glattn.layers.conv import ConvNorm
 from glattn.layers.conv2d import Pointwise
 from glattn.layers.norm import BatchNorm2d
+from glattn.layers.position import ConvPosition
 
 DIM = 16
 GROUPS = ["depthwise", "dense", 4]
@@ -436,6 +438,24 @@ def test_strided_convolutions_of_narrow_maps_in_bfloat16(folded, shape, memory_f
         torch.autograd.grad(wanted, weight, grad),
     )
     assert (given.float() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_one_cell_is_no_batch_of_a_plain_average():
+    norm, x = BatchNorm2d(4, momentum=None).train(), torch.randn(64, 4, 8, 8) + 5
+    norm(torch.randn(1, 4, 1, 1))
+    norm(x)
+    close(norm.running_mean, x.mean((0, 2, 3)), 1e-4)
+    assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [MultiScaleConv, ConvPosition])
+def test_folding_half_precision_rounds_once(kind, dtype):
+    made = kind(8, 8, kernel_sizes=(1, 3, 5), groups=8) if kind is MultiScaleConv else kind(8)
+    half = randomize(made).eval().to(dtype)
+    exact, folded = copy.deepcopy(half).float().fuse(), half.fuse()
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(folded, name), getattr(exact, name).to(dtype))
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])

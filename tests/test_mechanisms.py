@@ -162,6 +162,8 @@ def test_softmax_weights_drop_out_in_training_alone(fused):
     draws = torch.stack([attn.train()(q, k, v, None, None) for _ in range(2000)])
     assert not torch.equal(draws[0], draws[1])
     close(draws.mean(0), expected, 0.2)  # unbiased
+    attn.eval().attn_drop.train()  # as Monte Carlo dropout does
+    assert not torch.equal(attn(q, k, v, None, None), attn(q, k, v, None, None))
 
 
 # ReLU linear attention

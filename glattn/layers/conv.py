@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from glattn.layers.conv2d import FoldedConv, Pointwise, StridedConv
 from glattn.layers.norm import BatchNorm2d
+from glattn.layers.precision import precise
 
 
 class ConvNorm(nn.Module):
@@ -125,13 +126,16 @@ class MultiScaleConv(nn.Module):
 
 
 def folded(branch: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of a `ConvNorm`, its norm folded in; of a convolution that was folded before, as is."""
+    """Return weight and bias of a `ConvNorm`, its norm folded in; of a convolution that was folded before, as is.
+
+    They are in float32 at least, for `like` to round once.
+    """
     if isinstance(branch, nn.Conv2d):
         return branch.weight, branch.bias
-    bn = branch.bn
-    return fuse_conv_bn_weights(
-        branch.conv.weight, branch.conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-    )
+    conv, bn = branch.conv, branch.bn
+    parts = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    weight, bias, mean, var, scale, shift = (None if t is None else t.to(precise(t)) for t in parts)
+    return fuse_conv_bn_weights(weight, bias, mean, var, bn.eps, scale, shift)
 
 
 def conv_of(branch: nn.Module) -> nn.Module:
@@ -140,7 +144,8 @@ def conv_of(branch: nn.Module) -> nn.Module:
 
 
 def like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """Return a convolution with ``conv``'s geometry, memory format and mode, and the given weight and bias."""
+    """Return a convolution with ``conv``'s geometry, type, memory format and mode, and the given weight and bias."""
+    weight, bias = weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
     out = FoldedConv(
         conv.in_channels,
         conv.out_channels,

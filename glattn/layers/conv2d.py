@@ -1,5 +1,6 @@
 """torch's Conv2d, computed as what is fastest or right on a device: matrix products, strides, laid-out weights."""
 
+from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
@@ -35,13 +36,16 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> bo
 
 
 _laid_out: WeakSet["FoldedConv"] = WeakSet()
+_lock = Lock()  # another thread may use a model for the first time meanwhile
 
 
 def _forget(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Drop what is kept of weights that have taken a step: fused optimisers count no change of a tensor."""
     if _laid_out:
         stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-        for conv in list(_laid_out):
+        with _lock:
+            laid_out = list(_laid_out)
+        for conv in laid_out:
             if id(conv._parameters.get("weight")) in stepped:
                 conv._prepared = None
 
@@ -207,7 +211,8 @@ class FoldedConv(nn.Conv2d):
             convolve, size = onednn.prepare(self, x.shape, product)
             # weight and bias are held on to, so that no others get their places in memory
             self._prepared = made = of, shape, convolve, size, (weight, weight.detach(), bias)
-            _laid_out.add(self)
+            with _lock:
+                _laid_out.add(self)
         return made[2]
 
     @torch.jit.ignore

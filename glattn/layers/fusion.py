@@ -45,7 +45,9 @@ class GatedFusion(SumFusion):
 
     def forward(self, local: Tensor, globe: Tensor) -> Tensor:
         """Return the fused branches, ``(B, out_dim, H, W)``."""
-        return torch.lerp(globe, local, self.gate(torch.cat([local, globe], dim=1)).sigmoid())
+        gate = self.gate(torch.cat([local, globe], dim=1)).sigmoid()
+        # under autocast a norm that is frozen answers in the type of its buffers, and lerp takes one type
+        return torch.lerp(globe, local.to(globe.dtype), gate.to(globe.dtype))
 
 
 class ConcatFusion(SumFusion):

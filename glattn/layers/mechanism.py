@@ -66,7 +66,7 @@ class Softmax(nn.Module):
         attn_mask = score_mask(bias, mask)
         if self.fused_attn:
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attn_mask, dropout_p=self.attn_drop.p if self.training else 0.0
+                q, k, v, attn_mask=attn_mask, dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0
             )
         attn = masked_scores((q * self.scale) @ k.transpose(-2, -1), attn_mask)
         attn = attn.softmax(dim=-1)

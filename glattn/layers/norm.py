@@ -64,8 +64,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             if torch.jit.is_scripting() or counts():
-                self.num_batches_tracked.add_(1)
-                if self.momentum is None:  # a plain average
+                if self.momentum is not None:
+                    self.num_batches_tracked.add_(1)
+                elif input.numel() > input.shape[1]:  # a plain average, of those that have a variance
+                    self.num_batches_tracked.add_(1)
                     momentum = 1.0 / float(self.num_batches_tracked)
             else:
                 momentum = 0.0
