@@ -118,6 +118,8 @@ def export(
                 with torch.inference_mode():
                     expected = model(image)
                 given = run(image)
+            except MemoryError:
+                raise
             except Exception as error:  # each runtime has its own
                 hint = "; fix the size with --img-size" if fixed is None else ""
                 raise ValueError(
@@ -140,14 +142,13 @@ def export(
 def metadata(model: nn.Module, data_config: Mapping[str, Any]) -> dict[str, str]:
     """Return what a file says of the model, and of the images it takes, as JSON under each name."""
     from glattn import __version__
-    from glattn.hub.local_dir import by_index
+    from glattn.hub.local_dir import all_names
 
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    names = cfg.get("label_names")
     color = {"color": "RGB"} if data_config["input_size"][0] == 3 else {}
     facts = {
         "architecture": cfg.get("architecture"),
-        "class_names": by_index(names, len(names)) if names and len(names) == model.num_classes else None,
+        "class_names": all_names(cfg.get("label_names"), model.num_classes),  # type: ignore[arg-type]
         "preprocessing": {**color, "range": [0, 1], **data_config},
         "license": cfg.get("license"),
         "glattn": __version__,

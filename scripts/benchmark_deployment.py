@@ -124,7 +124,7 @@ def main() -> int:
     if unknown := [name for name in args.models if ":" not in name and not timm.is_model(name)]:
         parser.error(f"timm knows no model {unknown[0]!r}")
     torch.set_num_threads(args.threads)
-    rows, place = [], describe(torch.device("cpu"), kept=keep_freed_memory())
+    failed, rows, place = False, [], describe(torch.device("cpu"), kept=keep_freed_memory())
     for name in args.models:
         torch.manual_seed(0)
         model = timm.create_model(name).eval()
@@ -139,6 +139,7 @@ def main() -> int:
                 try:
                     runs[runtime] = make(model, Path(folder), args.threads)
                 except (ImportError, RuntimeError, ValueError) as error:
+                    failed |= not isinstance(error, ImportError)
                     print(f"{name}: {runtime} is left out: {one_line(error)[:300]}", file=sys.stderr)
             for batch in args.batches:
                 for height, width in args.sizes:
@@ -154,7 +155,7 @@ def main() -> int:
                         print("  ".join(f"{value!s:>12}" for value in rows[-1]), flush=True)
                     with replacing(args.output) as temporary, temporary.open("w", newline="") as file:
                         csv.writer(file).writerows([(*ROW, *place), *((*row, *place.values()) for row in rows)])
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

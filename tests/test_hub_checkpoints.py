@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 
 import glattn  # noqa: F401
 from glattn.hub import create_model, push
+from glattn.hub.card import Record
 from glattn.models.weights import save_weights
 
 NAME = "test_glattn"
@@ -291,8 +292,10 @@ def test_damage_since_saving_is_found_even_where_every_value_is_finite(tmp_path,
 @pytest.mark.parametrize(
     ("licence", "said"),
     [
-        ("mit", "license: mit\n"),
-        ("x-license", "license: other\nlicense_name: x-license\n"),
+        ("MIT", "license: mit\n"),
+        ("fair-noncommercial-research-license", "license: fair-noncommercial-research-license\n"),
+        ("qwen-community-1.0", "license: other\nlicense_name: qwen-community-1.0\n"),
+        ("My own", "license: other\nlicense_name: my-own\n"),
         (None, "---\nlibrary_name"),
     ],
 )
@@ -308,6 +311,8 @@ def test_names_by_index_are_names(tmp_path, model):
     push(model, "org/name", dry_run=tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["label_names"] == names
     assert "&lt;class&gt; 0, &lt;class&gt; 1" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="10 label_names that are not under 0, 1, 2 and so on"):
+        push(model, "org/name", dry_run=tmp_path, label_names={name: number for number, name in enumerate(names)})
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -330,9 +335,29 @@ def test_a_config_of_another_kind_is_one_line(told, tmp_path, model):
     push(model, "org/name", dry_run=tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **told} if told else told))
-    with pytest.raises(ValueError, match=r"config\.json") as error:
-        create_model(f"local-dir:{tmp_path}", pretrained=True)
-    assert "\n" not in str(error.value)
+    for options in ({}, {"num_classes": 5}):
+        with pytest.raises(ValueError, match=r"config\.json (is not one of timm's|asks for 'fooo')") as error:
+            create_model(f"local-dir:{tmp_path}", pretrained=True, **options)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="config") if told != {"model_args": {"fooo": 1}} else pytest.raises(TypeError):
+        create_model(f"local-dir:{tmp_path}", pretrained=True, fooo=2)
+
+
+@pytest.mark.parametrize("found", ['[{"top1": 3}]', '{"epoch": "3/10"}'])
+def test_a_foreign_metrics_file_is_nobody_s_measurement(found, tmp_path, model):
+    push(model, "org/name", dry_run=tmp_path / "model")
+    (tmp_path / "model" / "metrics.json").write_text(found)
+    push(tmp_path / "model", "org/name", dry_run=tmp_path / "out")
+    assert "Nothing: these weights came without" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("named", "good"), [("flowers", True), ("-flowers", False), ("a.git", False), ("a" * 120, False)]
+)
+def test_a_folder_s_name_is_a_data_set_s_where_it_can_be(named, good, tmp_path, model):
+    record = Record(dataset=named, metrics={"top1": 50.0})
+    push(model, "org/name", dry_run=tmp_path, record=record)
+    assert (f"datasets:\n- {named}" in (tmp_path / "README.md").read_text()) == good
 
 
 def test_push_refuses_what_would_not_load(tmp_path, model):

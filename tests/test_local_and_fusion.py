@@ -458,6 +458,21 @@ def test_folding_half_precision_rounds_once(kind, dtype):
         assert torch.equal(getattr(folded, name), getattr(exact, name).to(dtype))
 
 
+def test_a_model_in_half_precision_is_folded_as_in_full():
+    half = randomize(timm.create_model("test_glattn", layer_scale=0.1)).eval().bfloat16()
+    exact = reparameterize_model(copy.deepcopy(half).float()).bfloat16()
+    for (name, mine), wanted in zip(
+        reparameterize_model(half).state_dict().items(), exact.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, wanted), name
+
+
+def test_a_plain_average_can_be_traced():
+    norm = BatchNorm2d(4, momentum=None).train()
+    x = torch.randn(2, 4, 5, 5)
+    close(torch.fx.symbolic_trace(norm)(x), norm(x))
+
+
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])
 def test_running_statistics_follow_the_momentum(momentum):
     mine, theirs = BatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)

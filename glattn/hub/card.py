@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
@@ -60,13 +62,16 @@ def read_record(run: Path) -> Record:
         ValueError: A file is there and broken.
     """
     above = run.resolve().parent
-    if run.resolve().name == "best" and (above / "config.yaml").is_file():
+    if run.resolve().name == "best" and not (run / "best").is_dir() and (above / "config.yaml").is_file():
         run = above
     environment: dict[str, Any] = _read(run / "environment.json", json.loads) or {}
     config: dict[str, Any] = _read(run / "config.yaml", yaml.safe_load) or {}
     rows: list[Any] = _read(run / "metrics.csv", lambda text: list(csv.DictReader(text.splitlines()))) or []
-    found = (_read(folder / "metrics.json", json.loads) for folder in (run / "best", run))  # beside the weights
-    metrics: dict[str, float] = next(filter(None, found), {})
+    metrics: dict[str, float] = _read(run / "best" / "metrics.json", json.loads) or {}
+    if not (run / "best").is_dir():  # weights alone, beside which may lie anybody's metrics.json
+        found = _read(run / "metrics.json", json.loads)
+        if isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values()):
+            metrics = found
     scores = [epoch_score(row, config.get("eval_metric", "top1")) for row in rows if row.get("top1")]
     seen = int(metrics.get("epoch") or (scores.index(max(scores)) + 1 if scores else len(rows)))
     command = environment.pop("command", None) or environment.pop("argv", None)
@@ -148,11 +153,64 @@ def _signature(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
 
 
+# of the Hub's names of licences those that weights and code have as a rule
+_LICENCES = frozenset(
+    [
+        "agpl-3.0",
+        "apache-2.0",
+        "apple-amlr",
+        "apple-ascl",
+        "artistic-2.0",
+        "bigcode-openrail-m",
+        "bigscience-openrail-m",
+        "bsd",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "bsd-3-clause-clear",
+        "bsl-1.0",
+        "c-uda",
+        "cc",
+        "cc-by-2.0",
+        "cc-by-3.0",
+        "cc-by-4.0",
+        "cc-by-nc-2.0",
+        "cc-by-nc-3.0",
+        "cc-by-nc-4.0",
+        "cc-by-nc-nd-3.0",
+        "cc-by-nc-nd-4.0",
+        "cc-by-nc-sa-2.0",
+        "cc-by-nc-sa-3.0",
+        "cc-by-nc-sa-4.0",
+        "cc-by-nd-4.0",
+        "cc-by-sa-3.0",
+        "cc-by-sa-4.0",
+        "cc0-1.0",
+        "creativeml-openrail-m",
+        "fair-noncommercial-research-license",
+        "gpl",
+        "gpl-2.0",
+        "gpl-3.0",
+        "isc",
+        "lgpl",
+        "lgpl-2.1",
+        "lgpl-3.0",
+        "mit",
+        "mpl-2.0",
+        "openrail",
+        "openrail++",
+        "other",
+        "unknown",
+        "unlicense",
+        "wtfpl",
+        "zlib",
+    ]
+)
+
+
 def _metadata(name: str, config: Mapping[str, Any], record: Record, ours: bool) -> ModelCardData:
     # what is drawn is no data set of the Hub's
     named = record.dataset if record.dataset not in _KINDS else ""
-    plain_name = re.fullmatch(r"(?!.*(--|\.\.))[\w.-]+(/[\w.-]+)?", named or "", re.ASCII)
-    dataset = named if plain_name else None
+    dataset = named if named and _is_id(named) else None
     title = name.partition("@")[0].rpartition("/")[2]
     results = [
         EvalResult(
@@ -181,9 +239,21 @@ def _metadata(name: str, config: Mapping[str, Any], record: Record, ours: bool) 
     )
 
 
+def _is_id(name: str) -> bool:
+    """Tell whether a name may be one of a data set on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.isascii()
+
+
 def _license(name: str | None) -> tuple[str | None, str | None]:
     """Return a licence, and its name if that is none of the Hub's own, as the Hub takes both."""
-    return ("other", name) if name and name.endswith("-license") else (name or None, None)
+    if not name:
+        return None, None
+    slug = re.sub(r"[^a-z0-9.+]+", "-", name.lower()).strip("-")
+    return (slug, None) if slug in _LICENCES else ("other", slug)
 
 
 def _measured(record: Record) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from huggingface_hub.errors import (
 )
 from timm.models import is_model, load_checkpoint, resolve_pretrained_cfg
 from timm.models._factory import parse_model_name
-from timm.models._hub import hf_split
+from timm.models._hub import hf_split, load_model_config_from_hf, load_model_config_from_path
 from timm.models._registry import split_model_name_tag
 from torch import Tensor, nn
 
@@ -70,17 +71,46 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     source, model_id = parse_model_name(model_name)
     if source is None and not is_model(split_model_name_tag(model_id)[0]):
         raise ValueError(f"unknown model {model_name!r}{did_you_mean(model_id, timm.list_models())}")
-    try:
-        what = (_fetch(model_name, source, model_id, kwargs) if pretrained else None) or model_name
-        with plain_errors(what):
+    what = (_fetch(model_name, source, model_id, kwargs) if pretrained else None) or model_name
+    with plain_errors(what):
+        if source == "local-dir":
+            _made(model_name, source, model_id)
+        try:
             model = patiently(lambda: timm.create_model(model_name, pretrained, **kwargs))
-    except (TypeError, AttributeError) as error:
-        if source is None or kwargs:  # of the caller's
-            raise
-        raise ValueError(f"{model_name}: its config.json does not fit this version: {one_line(error)}") from error
+        except TypeError as error:
+            unknown = re.search(r"(?:argument|option) '(\w+)'", str(error))
+            made = _made(model_name, source, model_id, kwargs.get("cache_dir"))
+            if unknown is None or unknown[1] in kwargs or unknown[1] not in made:  # it is not the file that asks for it
+                raise
+            raise ValueError(
+                f"{model_name}: its config.json asks for {unknown[1]!r}, which the model of this version does not know"
+            ) from error
     if checkpoint_path:
         _load_exactly(model, Path(checkpoint_path))
     return model
+
+
+def _made(model_name: str, source: str | None, model_id: str, cache_dir: str | None = None) -> Mapping[str, Any]:
+    """Return the arguments that a model was made with, as its config.json has them.
+
+    Raises:
+        ValueError: It is none of timm's.
+    """
+    if source is None:
+        return {}
+    local = source == "local-dir"
+    try:
+        read = load_model_config_from_path(model_id) if local else load_model_config_from_hf(model_id, cache_dir)
+        cfg, architecture, made = read
+        if (
+            isinstance(architecture, str)
+            and isinstance(cfg.get("num_classes", 0), int)
+            and isinstance(made or {}, dict)
+        ):
+            return made or {}
+    except (AttributeError, TypeError):
+        pass
+    raise ValueError(f"{model_name}: its config.json is not one of timm's")
 
 
 def _load_exactly(model: nn.Module, path: Path) -> None:

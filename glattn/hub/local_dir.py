@@ -20,6 +20,13 @@ def by_index(names: Any, count: int) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
+def all_names(names: Any, count: int) -> tuple[str, ...] | None:
+    """Return the names of this many classes, of a list or under their indices; None where they are not of all."""
+    if isinstance(names, Mapping) and {str(index) for index in names} != {str(index) for index in range(count)}:
+        return None
+    return by_index(names, count) if names and len(names) == count else None
+
+
 def model_folder(path: Path) -> Path:
     """Return the folder that holds a model: a training run's ``best``, or the one given.
 

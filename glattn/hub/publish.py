@@ -21,7 +21,7 @@ from torch import nn
 from glattn.files import copy_file, user_path, write_text
 from glattn.hub.card import CURVE, Record, is_untouched, model_card, read_record
 from glattn.hub.loading import create_model, patiently, plain_errors
-from glattn.hub.local_dir import by_index, model_folder, save_model
+from glattn.hub.local_dir import all_names, model_folder, save_model
 from glattn.models.checkpoint import is_folded
 
 _logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def push(
     Args:
         source: A model, a run folder (its ``best``) or a folder as `timm.models.save_for_hf` writes it.
         repo_id: ``org/name`` on the Hub; made if it is not there.
-        label_names: The classes' names, if the model does not carry them.
+        label_names: The classes' names in their order, or each under its index, if the model does not carry them.
         record: What the card says of the training, if the run folder does not.
         private: Make a new repository private, and push to no public one.
         revision: Branch to commit to, made if it is not there; ``main`` if not given.
@@ -95,12 +95,11 @@ def _load(source: nn.Module | str | os.PathLike[str], record: Record | None) -> 
 def _write(model: nn.Module, folder: Path, name: str, label_names: Sequence[str] | None, record: Record) -> None:
     """Write everything that the repository is to hold, and load it back to see that it does."""
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    labels = label_names if label_names is not None else cfg.get("label_names")
-    if labels is not None and len(labels) != model.num_classes:
-        if label_names is not None:
-            raise ValueError(f"{len(labels)} label_names for a model of {model.num_classes} classes")
-        labels = None  # the names of the weights that it was started from
-    labels = None if labels is None else by_index(labels, len(labels))
+    count: int = model.num_classes  # type: ignore[assignment]
+    if label_names and all_names(label_names, count) is None:
+        said = " that are not under 0, 1, 2 and so on" if len(label_names) == count else ""
+        raise ValueError(f"{len(label_names)} label_names{said} for a model of {count} classes")
+    labels = all_names(label_names or cfg.get("label_names"), count)  # it may have others' that it was started from
     config = save_model(model, folder, label_names=labels)
     write_text(folder / README, model_card(model, name, config, record))
     if record.curve is not None:
@@ -113,10 +112,18 @@ def _keep(folder: Path, target: Path) -> str:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.iterdir()):
         kept = target / path.name
-        if path.name == README and kept.is_file() and not is_untouched(kept.read_text(encoding="utf-8")):
+        if path.name == README and kept.is_file() and _is_edited(kept.read_text(encoding="utf-8"), str(target)):
             continue
         copy_file(path, kept)
     return str(target)
+
+
+def _is_edited(card: str, where: str) -> bool:
+    """Tell, and say, whether a card is a person's, and stays."""
+    if is_untouched(card):
+        return False
+    _logger.warning("%s has a README.md that somebody wrote or edited; it is left as it is", where)
+    return True
 
 
 def _send(folder: Path, repo_id: str, private: bool, revision: str | None, token: str | None, message: str) -> str:
@@ -128,10 +135,8 @@ def _send(folder: Path, repo_id: str, private: bool, revision: str | None, token
     if revision is not None:
         patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
     there = _card_there(api, repo_id, revision)
-    ours = there is None or is_untouched(there)
-    if not ours:
-        _logger.warning("%s has a README.md that somebody wrote or edited; it is left as it is", repo_id)
-    paths = [path for path in sorted(folder.iterdir()) if path.name != README or ours]
+    edited = there is not None and _is_edited(there, repo_id)
+    paths = [path for path in sorted(folder.iterdir()) if path.name != README or not edited]
 
     def commit() -> str:
         # what an earlier try left behind is found by the client, so that trying again adds no second commit

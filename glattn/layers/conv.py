@@ -128,7 +128,7 @@ class MultiScaleConv(nn.Module):
 def folded(branch: nn.Module) -> tuple[Tensor, Tensor]:
     """Return weight and bias of a `ConvNorm`, its norm folded in; of a convolution that was folded before, as is.
 
-    They are in float32 at least, for `like` to round once.
+    Of a `ConvNorm` they are in float32 at least, for `like` to round once.
     """
     if isinstance(branch, nn.Conv2d):
         return branch.weight, branch.bias
@@ -164,8 +164,11 @@ def like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
 
 
 def scale_output(conv: nn.Module, scale: Tensor) -> None:
-    """Multiply the output channels of a `ConvNorm`, or of a folded convolution, by ``(out,)`` factors, in place."""
-    target = conv.bn if isinstance(conv, ConvNorm) else conv
+    """Multiply the output channels of a `ConvNorm`, or of a folded convolution, by ``(out,)`` factors, in place.
+
+    A norm in half precision, which is to be folded next, is in float32 behind that.
+    """
+    target = conv.bn.to(precise(conv.bn.weight)) if isinstance(conv, ConvNorm) else conv
     with torch.no_grad():
         target.weight.mul_(scale.reshape(-1, *[1] * (target.weight.ndim - 1)))
         target.bias.mul_(scale)

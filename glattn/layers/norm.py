@@ -52,6 +52,15 @@ def counts() -> bool:
     return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
 
+@torch.fx.wrap
+def plain_average(x: Tensor, count: Tensor) -> float:
+    """Count a batch, if it has a variance, and return its weight in a plain average of all."""
+    if x.numel() <= x.shape[1]:
+        return 0.0
+    count.add_(1)
+    return 1.0 / float(count)
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """torch's BatchNorm2d that also trains at batch 1 on a 1x1 map, where a channel has no variance.
 
@@ -64,11 +73,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             if torch.jit.is_scripting() or counts():
-                if self.momentum is not None:
+                if self.momentum is None:
+                    momentum = plain_average(input, self.num_batches_tracked)
+                else:
                     self.num_batches_tracked.add_(1)
-                elif input.numel() > input.shape[1]:  # a plain average, of those that have a variance
-                    self.num_batches_tracked.add_(1)
-                    momentum = 1.0 / float(self.num_batches_tracked)
             else:
                 momentum = 0.0
         return batch_norm(

@@ -88,6 +88,8 @@ def _load_file(path: Path, model_name: str | None, model_args: dict[str, Any]) -
     if model_name is not None:
         cfg = create_model(model_name, num_classes=1).pretrained_cfg
         classifier = cfg.get("classifier")  # type: ignore[operator, union-attr]
+        if not classifier:
+            raise ValueError(f"{model_name} has no classifier")
         first = classifier if isinstance(classifier, str) else classifier[0]  # of a distilled model's, say
         model_args["num_classes"] = _count_classes(path, first)
     elif (path.parent / "config.json").is_file():
