@@ -374,11 +374,11 @@ def test_attention_maps_are_extracted(options, method):
         torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention.sum(-1)))
 
 
-def test_a_classifier_needs_a_pooled_map():
+def test_a_pruned_model_takes_a_classifier_and_a_pooling():
     model = timm.create_model("test_glattn", num_classes=3)
     model.prune_intermediate_layers([1])
     with pytest.raises(ValueError, match="global_pool='' leaves num_classes=5 a map"):
-        model.reset_classifier(5)
+        model.reset_classifier(5, "")
     model.reset_classifier(5, "avg")
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 

@@ -197,13 +197,15 @@ class GLAttn(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Give the model a new classifier for this many classes (0: none), and another pooling if named.
 
+        As in timm, a model without pooling, as one that was pruned, needs one to be named.
+
         Raises:
-            ValueError: There are classes, and no pooling before them.
+            ValueError: There are classes, and ``global_pool`` is ``""``.
         """
         num_classes = as_integer("num_classes", num_classes, 0)
         if global_pool is not None:
             check_choice("global_pool", global_pool, POOLS)
-        check_pooled(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
+            check_pooled(num_classes, global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, reset_other, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
