@@ -154,57 +154,15 @@ def _signature(text: str) -> str:
 
 
 # of the Hub's names of licences those that weights and code have as a rule
-_LICENCES = frozenset(
-    [
-        "agpl-3.0",
-        "apache-2.0",
-        "apple-amlr",
-        "apple-ascl",
-        "artistic-2.0",
-        "bigcode-openrail-m",
-        "bigscience-openrail-m",
-        "bsd",
-        "bsd-2-clause",
-        "bsd-3-clause",
-        "bsd-3-clause-clear",
-        "bsl-1.0",
-        "c-uda",
-        "cc",
-        "cc-by-2.0",
-        "cc-by-3.0",
-        "cc-by-4.0",
-        "cc-by-nc-2.0",
-        "cc-by-nc-3.0",
-        "cc-by-nc-4.0",
-        "cc-by-nc-nd-3.0",
-        "cc-by-nc-nd-4.0",
-        "cc-by-nc-sa-2.0",
-        "cc-by-nc-sa-3.0",
-        "cc-by-nc-sa-4.0",
-        "cc-by-nd-4.0",
-        "cc-by-sa-3.0",
-        "cc-by-sa-4.0",
-        "cc0-1.0",
-        "creativeml-openrail-m",
-        "fair-noncommercial-research-license",
-        "gpl",
-        "gpl-2.0",
-        "gpl-3.0",
-        "isc",
-        "lgpl",
-        "lgpl-2.1",
-        "lgpl-3.0",
-        "mit",
-        "mpl-2.0",
-        "openrail",
-        "openrail++",
-        "other",
-        "unknown",
-        "unlicense",
-        "wtfpl",
-        "zlib",
-    ]
-)
+_LICENCES = {
+    "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m",
+    "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "bsl-1.0", "c-uda", "cc",
+    "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0",
+    "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0",
+    "cc-by-sa-4.0", "cc0-1.0", "creativeml-openrail-m", "fair-noncommercial-research-license", "gpl", "gpl-2.0",
+    "gpl-3.0", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "mit", "mpl-2.0", "openrail", "openrail++", "other",
+    "unknown", "unlicense", "wtfpl", "zlib",
+}  # fmt: skip
 
 
 def _metadata(name: str, config: Mapping[str, Any], record: Record, ours: bool) -> ModelCardData:

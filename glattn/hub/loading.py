@@ -102,12 +102,9 @@ def _made(model_name: str, source: str | None, model_id: str, cache_dir: str | N
     try:
         read = load_model_config_from_path(model_id) if local else load_model_config_from_hf(model_id, cache_dir)
         cfg, architecture, made = read
-        if (
-            isinstance(architecture, str)
-            and isinstance(cfg.get("num_classes", 0), int)
-            and isinstance(made or {}, dict)
-        ):
-            return made or {}
+        classes, made = cfg.get("num_classes", 0), made or {}
+        if isinstance(architecture, str) and isinstance(classes, int) and isinstance(made, dict):
+            return made
     except (AttributeError, TypeError):
         pass
     raise ValueError(f"{model_name}: its config.json is not one of timm's")
